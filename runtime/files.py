@@ -1,0 +1,83 @@
+"""Files that are never half written, and the folders tclkit keeps its own files in."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+
+
+def models_folder() -> Path:
+    """Folder that holds installed bundles: $TCLKIT_HOME/models, else ~/.local/share/tclkit/models (XDG)."""
+    home = os.environ.get("TCLKIT_HOME")
+    if home:
+        return Path(home) / "models"
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "tclkit" / "models"
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again: $TCLKIT_HOME/cache, else ~/.cache/tclkit (XDG)."""
+    home = os.environ.get("TCLKIT_HOME")
+    if home:
+        return Path(home) / "cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "tclkit"
+
+
+def sha256_from_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, else removed.
+
+    The target's suffix is kept at the front of the temporary name's, so write through an explicit format, not by suffix.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(target)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it takes the place of `path` whole, else it is removed.
+
+    An existing folder at `path` is moved aside first and removed last, so that it is lost only once its successor stands.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            old = _temporary_sibling(target)
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
