@@ -1,0 +1,52 @@
+"""Fixtures that tests of several packages share.
+
+Tests run with --import-mode=importlib, so test files cannot import each other: what they share arrives as fixtures.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of golden data; a test that asks for a missing file in it fails."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tests/runtime/tiny_bundle.py: `tiny.write_tiny_bundle`, `tiny.PALETTE`, ..."""
+    name = "tclkit_tests_tiny_bundle"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, TESTS / "runtime" / "tiny_bundle.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def write_tiny_bundle(tiny: ModuleType) -> Callable[..., Path]:
+    """Function that writes a tiny bundle into a folder; see tests/runtime/tiny_bundle.py."""
+    return tiny.write_tiny_bundle  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_folder(write_tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with default options, for reading only; copy it before changing it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own models and cache."""
+    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path_factory.mktemp("home")))
