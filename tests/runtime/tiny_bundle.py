@@ -1,10 +1,10 @@
 """A bundle of a few kilobytes with the interface of a real one, whose label maps can be predicted exactly.
 
-The "model" knows the colours of `PALETTE` by name. A block of pixels of exactly one of these colours gets that colour's
-unit vector as its grounded feature, any colour far from all of them gets the unit vector of `other` (the last
-dimension), and a prompt gets the vectors of the colour words in it; one that names no colour matches nothing. So a scene
-painted in palette colours, whose borders lie on the mask grid, is labelled without error where kp_w is 0, and within two
-pixels of the borders where it is not (the KP branch sees whole patches).
+The "model" knows the colours of `PALETTE` by name. A block of pixels of exactly one of these colours gets that
+colour's unit vector as its grounded feature, any colour far from all of them gets the unit vector of `other` (the last
+dimension), and a prompt gets the vectors of the colour words in it; one that names no colour matches nothing. So a
+scene painted in palette colours, whose borders lie on the mask grid, is labelled without error where kp_w is 0, and
+within two pixels of the borders where it is not (the KP branch sees whole patches).
 
 bundle.json is written by hand here, not through tclkit: it states the schema a second time.
 """
@@ -137,6 +137,7 @@ def tiny_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
     start, end = SPECIALS
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, vocab[start]), (end, vocab[end])]
@@ -253,7 +254,7 @@ def _text_graph(tokenizer: Tokenizer) -> onnx.ModelProto:
     for index, word in enumerate(PALETTE):
         (token,) = tokenizer.encode(word, add_special_tokens=False).ids
         table[token, index] = 3.0
-    table[tokenizer.token_to_id(SPECIALS[0]), WIDTH - 1] = 0.01  # no prompt is the zero vector
+    table[tokenizer.token_to_id(SPECIALS[0]), WIDTH - 1] = -0.01  # no prompt is the zero vector, none is `other`
     constants = {"table": table, "token_axis": np.array([1], np.int64)}
     nodes = [
         helper.make_node("Gather", ["table", "token_ids"], ["rows"], axis=0),
