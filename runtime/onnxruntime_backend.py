@@ -1,0 +1,165 @@
+"""The ONNX Runtime backend: one CPU session per graph, made when the graph is first needed."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Features
+from .bundle import Bundle
+from .errors import BackendError, BundleError, InputError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_FEATURES = ("grounded", "kp")
+
+
+class OnnxRuntimeBackend:
+    """Runs a bundle's graphs on the CPU with ONNX Runtime; see `Backend`.
+
+    Args:
+        bundle: an opened bundle.
+        precision: which image graphs to take, "fp32", "fp16" or "int8".
+        threads: CPU threads of one operator; None takes every CPU this process may use.
+        reason: why this backend was chosen.
+
+    Raises:
+        BackendError: onnxruntime is not installed, or the bundle has no image graph of this precision.
+        InputError: threads is below 1.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, bundle: Bundle, *, precision: str = "fp32", threads: int | None = None, reason: str = "asked for"
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads should be 1 or more, found {threads}")
+        self._bundle = bundle
+        self._image_files = _image_files(bundle, precision)
+        self._threads = threads or _usable_cpus()
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.reason = reason
+        _import_onnxruntime()
+
+    def image_features(self, images_BHWC: NDArray[np.uint8]) -> Features:
+        """Run the image graph of the images' size; see `Backend.image_features`."""
+        _check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
+        size = images_BHWC.shape[1:3]
+        if size not in self._image_files:
+            sizes = ", ".join(f"{height}x{width}" for height, width in self._image_files)
+            message = f"images are {size[0]}x{size[1]}, {self._bundle.name} has image graphs for {sizes}"
+            raise InputError(f"{message}. Resize them, or export this size: tclkit export --size {size[0]}x{size[1]}")
+        names = _FEATURES if self._bundle.manifest.has_kp else _FEATURES[:1]
+        outputs = self._run(self._image_files[size], names, {"image": images_BHWC})
+        return Features(grounded=outputs[0], kp=outputs[1] if len(outputs) > 1 else None)
+
+    def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
+        """Compare features with text embeddings; see `Backend.masks`."""
+        width = self._bundle.manifest.model.embed_dim
+        _check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
+        _check_array("text embeddings", text_ND, np.float32, ("N", width))
+        if not 0 <= kp_w <= 1:
+            raise InputError(f"kp_w should be in [0, 1], found {kp_w}")
+        feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
+        if self._bundle.manifest.has_kp:
+            _check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
+            feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
+        elif kp_w > 0:
+            remedy = "Use kp_w 0, or export the bundle with a KP branch"
+            raise InputError(f"{self._bundle.name} has no KP branch, but kp_w is {kp_w}. {remedy}")
+        return self._run(self._bundle.manifest.masks, ("masks",), feeds)[0]
+
+    def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run the text graph; see `Backend.encode_text`."""
+        _check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
+        context = self._bundle.manifest.model.context_length
+        if token_ids_ML.shape[1] > context:
+            raise InputError(f"token ids are {token_ids_ML.shape[1]} long, {self._bundle.name} reads at most {context}")
+        return self._run(self._bundle.manifest.text, ("embeddings",), {"token_ids": token_ids_ML})[0]
+
+    def _run(self, file: str, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        if file not in self._sessions:
+            self._sessions[file] = self._open_session(file, outputs, feeds)
+        contiguous = {name: np.asarray(value, order="C") for name, value in feeds.items()}
+        try:
+            results: list[NDArray[np.float32]] = self._sessions[file].run(list(outputs), contiguous)
+        except Exception as error:  # onnxruntime's own exceptions share no base but this
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
+            message = f"ONNX Runtime could not run {file} of {self._bundle.name} on {shapes}: {_first_line(error)}"
+            raise BackendError(message, file=file) from error
+        return results
+
+    def _open_session(
+        self, file: str, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]
+    ) -> "onnxruntime.InferenceSession":
+        onnxruntime = _import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: warnings about devices are of no use here
+        path = self._bundle.path(file)
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no base but this
+            message = f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_first_line(error)}"
+            raise BackendError(f"{message}. A newer one may: pip install -U onnxruntime", file=file) from error
+        _check_interface(str(path), "inputs", [i.name for i in session.get_inputs()], list(feeds))
+        _check_interface(str(path), "outputs", [o.name for o in session.get_outputs()], list(outputs))
+        return session
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported ({error}). Install it: pip install onnxruntime") from error
+    return onnxruntime
+
+
+def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, ...], str]:
+    files: dict[tuple[int, ...], str] = {
+        (image.height, image.width): image.files[precision]
+        for image in bundle.manifest.images
+        if precision in image.files
+    }
+    if not files:
+        have = ", ".join(bundle.manifest.precisions)
+        raise BackendError(f"{bundle.name} has no image graph in {precision}, only in {have}", precision=precision)
+    return files
+
+
+def _usable_cpus() -> int:
+    """CPUs this process may use; onnxruntime would count the machine's, and fails to pin threads in a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_array(what: str, array: object, dtype: type, shape: tuple[str | int, ...]) -> None:
+    """Refuse what is not an array of this dtype and shape; a text in `shape` stands for any size from 1."""
+    wanted = f"{np.dtype(dtype).name} ({', '.join(map(str, shape))})"
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{what} should be a numpy array, {wanted}, found {type(array).__name__}")
+    fits = array.ndim == len(shape) and all(
+        found == want if isinstance(want, int) else found >= 1 for found, want in zip(array.shape, shape, strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        raise InputError(f"{what} should be {wanted}, found {array.dtype.name} {array.shape}")
+
+
+def _check_interface(path: str, what: str, found: list[str], expected: list[str]) -> None:
+    if set(found) != set(expected):
+        raise BundleError(
+            f"{path} should have the {what} {', '.join(sorted(expected))}, found {', '.join(sorted(found))}. "
+            "Export the bundle again: tclkit export CHECKPOINT -o FOLDER",
+            file=path,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
