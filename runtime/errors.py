@@ -3,6 +3,7 @@
     TclkitError
     ├── ConfigError          a configuration key or value is wrong
     ├── InputError           an argument, image or prompt cannot be used (also a ValueError)
+    ├── TrainingError        training cannot go on
     ├── CheckpointError      a training checkpoint cannot be read or does not fit
     ├── ExportError          a graph could not be written
     ├── ParityError          a compiled artefact differs from its reference by more than allowed
@@ -33,6 +34,10 @@ class ConfigError(TclkitError):
 
 class InputError(TclkitError, ValueError):
     """An argument, image or prompt cannot be used."""
+
+
+class TrainingError(TclkitError):
+    """Training cannot go on."""
 
 
 class CheckpointError(TclkitError):
