@@ -25,6 +25,18 @@ class ChannelLayerNorm(nn.LayerNorm):
         return y_BhwC.permute(0, 3, 1, 2)
 
 
+class Gate(nn.Module):
+    """A learned factor in -1..1 that starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x by tanh(gate)."""
+        return self.gate.tanh() * x
+
+
 class GatedConv(nn.Module):
     """A residual branch that starts switched off: tanh(gate) · conv3x3(gelu(norm(x)))."""
 
@@ -32,12 +44,12 @@ class GatedConv(nn.Module):
         super().__init__()
         self.norm = ChannelLayerNorm(width)
         self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = Gate()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same shape."""
-        y_BChw: Tensor = self.conv(F.gelu(self.norm(x_BChw)))
-        return self.gate.tanh() * y_BChw
+        y_BChw: Tensor = self.gate(self.conv(F.gelu(self.norm(x_BChw))))
+        return y_BChw
 
 
 class UpsamplingBlock(nn.Module):
@@ -52,7 +64,23 @@ class UpsamplingBlock(nn.Module):
         """Map (B, C, h, w) to (B, C, 2h, 2w)."""
         x_BChw = F.interpolate(x_BChw, scale_factor=2.0, mode="nearest")
         x_BChw = x_BChw + self.conv1(x_BChw)
-        return x_BChw + self.conv2(x_BChw)
+        y_BChw: Tensor = x_BChw + self.conv2(x_BChw)
+        return y_BChw
+
+
+class Projection(nn.Module):
+    """CLIP's way into the shared space for every cell of a map: LayerNorm, then a matrix."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(visual.proj.detach().clone())
+        self.ln = nn.LayerNorm(self.proj.shape[0])
+        self.ln.load_state_dict(visual.ln_post.state_dict())
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, D, h, w), not normalised."""
+        x_BhwD: Tensor = self.ln(x_BChw.permute(0, 2, 3, 1)) @ self.proj
+        return x_BhwD.permute(0, 3, 1, 2)
 
 
 class SimilarityToMask(nn.Module):
@@ -79,9 +107,7 @@ class Grounder(nn.Module):
         width = visual.conv1.out_channels
         self.block = copy.deepcopy(visual.transformer.resblocks[-1])
         self.decoder = nn.ModuleList(UpsamplingBlock(width) for _ in range(blocks))
-        self.ln = nn.LayerNorm(width)
-        self.ln.load_state_dict(visual.ln_post.state_dict())
-        self.proj = nn.Parameter(visual.proj.detach().clone())
+        self.projection = Projection(visual)
         self.mask = SimilarityToMask()
 
     def forward(self, trunk_BLC: Tensor, h: int, w: int) -> Tensor:
@@ -97,5 +123,5 @@ class Grounder(nn.Module):
         x_BChw = grid_from_tokens(run_self_only_block(self.block, trunk_BLC), h, w)
         for block in self.decoder:
             x_BChw = block(x_BChw)
-        x_BhwD: Tensor = self.ln(x_BChw.permute(0, 2, 3, 1)) @ self.proj
-        return x_BhwD.permute(0, 3, 1, 2)
+        embedding_BDhw: Tensor = self.projection(x_BChw)
+        return embedding_BDhw

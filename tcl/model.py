@@ -5,6 +5,7 @@ Source: TCL (Cha et al., CVPR 2023); equal to the authors' code (kakaobrain/tcl)
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +20,20 @@ from tclkit.runtime.errors import CheckpointError, ConfigError, InputError
 from ._strict import dataclass_from_dict
 from .clip import ClipConfig, build_clip, config_from_clip
 from .grounder import Grounder
+from .losses import (
+    LossWeights,
+    area_losses,
+    feature_level_loss,
+    image_level_loss,
+    sample_hard_masks,
+    total_variation,
+)
 from .pamr import refine_masks
-from .vision import dense_embedding, run_blocks, run_trunk
+from .vision import dense_embedding, global_embedding, run_blocks, run_trunk
 
 _KP_SCALE, _KP_SHIFT = 10.0, -2.5  # sigmoid(10·(cos - 0.25))
 _NORM_EPSILON = 1e-6
+_LOGIT_SCALE = math.log(1 / 0.07)  # both contrastive losses start at CLIP's initial temperature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +102,7 @@ class TCL(nn.Module):
         self.clip.requires_grad_(False)
         self.grounder = Grounder(self.clip.visual, config.decoder_blocks)
         self.grounder.requires_grad_(True)
-        self.image_logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.feature_logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scales = nn.ParameterDict({name: torch.tensor(_LOGIT_SCALE) for name in ("image", "feature")})
         self.train_stage("decoder")
         self.eval()
 
@@ -122,17 +131,7 @@ class TCL(nn.Module):
         Raises:
             InputError: not 2-D, or longer than the context.
         """
-        clip, context = self.clip, self.config.clip.context_length
-        if token_ids_ML.ndim != 2 or not 1 <= token_ids_ML.shape[1] <= context:
-            raise InputError(f"token ids must be (M, L) with L in 1..{context}, not {tuple(token_ids_ML.shape)}.")
-        length = token_ids_ML.shape[1]
-        x_MLC = clip.token_embedding(token_ids_ML) + clip.positional_embedding[:length]
-        causal_LL = clip.attn_mask[:length, :length]
-        x_MLC = run_blocks(clip.transformer, clip.transformer.resblocks, x_MLC, attn_mask=causal_LL)
-        end_M = token_ids_ML.argmax(dim=-1)  # the first of them
-        x_MC = x_MLC[torch.arange(len(x_MLC), device=x_MLC.device), end_M]
-        embedding_MD: Tensor = clip.ln_final(x_MC) @ clip.text_projection
-        return embedding_MD
+        return encode_text(self.clip, token_ids_ML)
 
     @torch.no_grad()
     def build_text_embeddings(self, token_ids_NTL: Tensor) -> Tensor:
@@ -186,16 +185,69 @@ class TCL(nn.Module):
         _require_shape("text embeddings", text_embeddings_ND, (None, self.config.clip.embed_dim))
         padded_BCHW, (left, top) = pad_to_patch(images_BCHW, self.config.clip.patch_size)
         trunk_BLC, h, w = self._run_trunk(padded_BCHW)
-        cosine_BNhw = similarity(self.grounder(trunk_BLC, h, w), text_embeddings_ND)
-        masks_BNhw = torch.sigmoid(self.grounder.mask(cosine_BNhw))
+        masks_BNhw = torch.sigmoid(self.grounder.mask(similarity(self.grounder(trunk_BLC, h, w), text_embeddings_ND)))
         if pamr:
             masks_BNhw = _refine_at_mask_size(padded_BCHW, masks_BNhw)
         if kp_w > 0:
-            kp_BDhw = dense_embedding(self.clip.visual, trunk_BLC, h, w)
-            masks_BNhw = _mix(masks_BNhw, _kp_masks(kp_BDhw, text_embeddings_ND), kp_w)
+            kp_BNhw = kp_masks(dense_embedding(self.clip.visual, trunk_BLC, h, w), text_embeddings_ND)
+            masks_BNhw = mix_masks(masks_BNhw, kp_BNhw, kp_w)
         masks_BNHW = F.interpolate(masks_BNhw, size=padded_BCHW.shape[-2:], mode="bilinear", align_corners=False)
         height, width = images_BCHW.shape[-2:]
         return masks_BNHW[..., top : top + height, left : left + width]
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        token_ids_BL: Tensor,
+        *,
+        noise_uniform: Tensor | None = None,
+        weights: LossWeights | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch of pairs, on one process.
+
+        Args:
+            images_BCHW: (B, 3, H, W) float, normalised with ImageNet's mean and std; sides are multiples of the patch.
+            token_ids_BL: (B, L) int64, text i belongs to image i.
+            noise_uniform: (B, B, s·h, s·w) uniform in 0..1 for drawing hard masks, of which the diagonal counts; or
+                (B, s·h, s·w), that diagonal. None: drawn by torch's generator of the device.
+            weights: how much each loss counts; None: the authors' choice.
+
+        Returns:
+            Scalars, already weighted, to be summed: tcli_loss (image level), tclf_loss (feature level), area_loss,
+            neg_area_loss, tv_img_loss, tv_mask_loss.
+
+        Raises:
+            InputError: fewer than two pairs (nothing to contrast), or a shape is wrong.
+        """
+        count = len(images_BCHW)
+        if count < 2:
+            raise InputError(f"training needs at least two pairs a batch, not {count}.")
+        weights = weights or LossWeights()
+        with torch.no_grad():
+            text_BD = self.encode_text(token_ids_BL)
+            trunk_BLC, h, w = self._run_trunk(images_BCHW)
+        _require_shape("text embeddings", text_BD, (count, None))
+        embedding_BDhw = self.grounder(trunk_BLC, h, w)
+        logits_BNhw = self.grounder.mask(similarity(embedding_BDhw, text_BD))
+        masks_BNhw = torch.sigmoid(logits_BNhw)
+        hard_Bhw = sample_hard_masks(_diagonal(logits_BNhw), _own_noise(noise_uniform, logits_BNhw))
+        masked_BD = self._embed_masked_images(images_BCHW, hard_Bhw)
+        area, negative_area = area_losses(masks_BNhw, weights.area_prior)
+        feature_loss = feature_level_loss(embedding_BDhw, masks_BNhw, text_BD, self.logit_scales["feature"])
+        return {
+            "tcli_loss": weights.tcl * image_level_loss(masked_BD, text_BD, self.logit_scales["image"]),
+            "tclf_loss": weights.tcl * feature_loss,
+            "area_loss": weights.area * area,
+            "neg_area_loss": weights.area * negative_area,
+            "tv_img_loss": weights.tv * total_variation(embedding_BDhw),
+            "tv_mask_loss": weights.tv * total_variation(masks_BNhw),
+        }
+
+    def _embed_masked_images(self, images_BCHW: Tensor, masks_Bhw: Tensor) -> Tensor:
+        """CLIP's embedding of what the masks leave, (B, D); gradients reach the masks through the frozen CLIP."""
+        masks_B1HW = F.interpolate(masks_Bhw.unsqueeze(1), size=images_BCHW.shape[-2:], mode="nearest")
+        trunk_BLC, _, _ = self._run_trunk(images_BCHW * masks_B1HW)
+        return global_embedding(self.clip.visual, trunk_BLC)
 
     def _run_trunk(self, images_BCHW: Tensor) -> tuple[Tensor, int, int]:
         _require_shape("images", images_BCHW, (None, 3, None, None))
@@ -206,6 +258,21 @@ class TCL(nn.Module):
                 f"the image's sides must be multiples of the patch ({patch}), not {height}x{width}; pad it."
             )
         return run_trunk(self.clip.visual, images_BCHW), height // patch, width // patch
+
+
+def encode_text(clip: CLIP, token_ids_ML: Tensor) -> Tensor:
+    """Embed texts with CLIP's text tower, for texts cut to any length; see `TCL.encode_text`."""
+    context = len(clip.positional_embedding)
+    if token_ids_ML.ndim != 2 or not 1 <= token_ids_ML.shape[1] <= context:
+        raise InputError(f"token ids must be (M, L) with L in 1..{context}, not {tuple(token_ids_ML.shape)}.")
+    length = token_ids_ML.shape[1]
+    x_MLC = clip.token_embedding(token_ids_ML) + clip.positional_embedding[:length]
+    causal_LL = clip.attn_mask[:length, :length]
+    x_MLC = run_blocks(clip.transformer, clip.transformer.resblocks, x_MLC, attn_mask=causal_LL)
+    end_M = token_ids_ML.argmax(dim=-1)  # the first of them
+    x_MC = x_MLC[torch.arange(len(x_MLC), device=x_MLC.device), end_M]
+    embedding_MD: Tensor = clip.ln_final(x_MC) @ clip.text_projection
+    return embedding_MD
 
 
 def normalize(x: Tensor, dim: int) -> Tensor:
@@ -226,11 +293,29 @@ def pad_to_patch(images_BCHW: Tensor, patch_size: int) -> tuple[Tensor, tuple[in
     return F.pad(images_BCHW, (left, extra_x - left, top, extra_y - top)), (left, top)
 
 
-def _kp_masks(kp_BDhw: Tensor, text_embeddings_ND: Tensor) -> Tensor:
+def _diagonal(x_BNhw: Tensor) -> Tensor:
+    own_B = torch.arange(len(x_BNhw), device=x_BNhw.device)
+    return x_BNhw[own_B, own_B]
+
+
+def _own_noise(noise_uniform: Tensor | None, logits_BNhw: Tensor) -> Tensor:
+    if noise_uniform is None:
+        return torch.rand_like(_diagonal(logits_BNhw), dtype=torch.float32)
+    count, _, h, w = logits_BNhw.shape
+    if noise_uniform.ndim == 4:
+        _require_shape("noise", noise_uniform, (count, count, h, w))
+        return _diagonal(noise_uniform)
+    _require_shape("noise", noise_uniform, (count, h, w))
+    return noise_uniform
+
+
+def kp_masks(kp_BDhw: Tensor, text_embeddings_ND: Tensor) -> Tensor:
+    """Soft masks of the KP branch on the patch grid, (B, N, h, w): a fixed line, nothing learned."""
     return torch.sigmoid(similarity(kp_BDhw, text_embeddings_ND) * _KP_SCALE + _KP_SHIFT)
 
 
-def _mix(masks_BNhw: Tensor, kp_BNhw: Tensor, kp_w: float) -> Tensor:
+def mix_masks(masks_BNhw: Tensor, kp_BNhw: Tensor, kp_w: float) -> Tensor:
+    """Bring the KP masks to the grounder's grid (bilinear) and mix: kp_w·kp + (1 - kp_w)·mask."""
     kp_BNhw = F.interpolate(kp_BNhw, size=masks_BNhw.shape[-2:], mode="bilinear", align_corners=False)
     return kp_w * kp_BNhw + (1 - kp_w) * masks_BNhw
 
