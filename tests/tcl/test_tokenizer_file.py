@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tclkit.export import tokenizer_file
-from tclkit.export.tokenizer_file import clip_tokenizer_json, pruned_tokenizer_json, vocabulary_size
+from tclkit.tcl import tokenizer_file
+from tclkit.tcl.tokenizer_file import clip_tokenizer_json, pruned_tokenizer_json, vocabulary_size
 from tclkit.runtime.errors import ExportError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
