@@ -1,0 +1,112 @@
+"""Prompts to embeddings: templates applied, what is cached read, the rest encoded, averaged and kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .prompts import PromptSet, check_prompts, expand_prompt
+from .text_cache import TextCache, cache_key
+from .tokenizer import Tokenizer, shortened
+
+_TEXTS_PER_RUN = 64  # bounds the memory of one run of the text graph
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddedPrompts:
+    """Embedded prompts and what they cost.
+
+    prompts: the prompts with their embeddings.
+    cache_hits: prompts that came from the cache.
+    text_encoder_runs: how often the text graph ran; 0 when all came from the cache.
+    """
+
+    prompts: PromptSet
+    cache_hits: int
+    text_encoder_runs: int
+
+
+def embed_prompts(
+    prompts: Sequence[str],
+    *,
+    templates: Sequence[str],
+    tokenizer: Tokenizer,
+    encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    text_encoder_hash: str,
+    cache: TextCache | None = None,
+) -> EmbeddedPrompts:
+    """Embed prompts, each as the normalised mean over its templates.
+
+    Args:
+        prompts: what the user named.
+        templates: of the bundle.
+        tokenizer: of the bundle.
+        encode_text: token ids (M, L) int64 -> raw embeddings (M, D) float32, as `Backend.encode_text`.
+        text_encoder_hash: `Bundle.text_encoder_hash`; part of the cache key.
+        cache: None embeds everything anew.
+
+    Raises:
+        InputError: as `check_prompts`, or a prompt longer than the model reads.
+
+    Source: TCL (Cha et al., CVPR 2023), prompt ensembling: raw embeddings are averaged, then normalised once.
+    """
+    names = check_prompts(prompts)
+    texts = [expand_prompt(name, templates) for name in names]
+    token_ids = [_encoded(tokenizer, name, expanded) for name, expanded in zip(names, texts, strict=True)]
+    keys = [cache_key(text_encoder_hash, expanded) for expanded in texts]
+    found = cache.read(keys) if cache is not None else {}
+    missing = [index for index, key in enumerate(keys) if key not in found]
+    embedded, runs = _embedded([token_ids[index] for index in missing], encode_text)
+    fresh = {keys[index]: vector for index, vector in zip(missing, embedded, strict=True)}
+    if cache is not None:
+        cache.write(fresh)
+    vectors = found | fresh
+    prompt_set = PromptSet(names=names, embeddings=np.stack([vectors[key] for key in keys]), key=text_encoder_hash)
+    return EmbeddedPrompts(prompts=prompt_set, cache_hits=len(keys) - len(missing), text_encoder_runs=runs)
+
+
+def ensemble(raw_TD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Average raw embeddings of one prompt over its T templates, then normalise: (T, D) -> (D,) float32."""
+    mean_D = raw_TD.mean(axis=0, dtype=np.float32)
+    return np.asarray(mean_D / max(float(np.linalg.norm(mean_D)), _EPSILON), np.float32)
+
+
+def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> NDArray[np.int64]:
+    """Token ids of a prompt's texts; checked before the cache is asked, so that a long prompt is always refused."""
+    try:
+        return tokenizer.encode(texts, truncate=False)
+    except InputError as error:
+        words, limit = len(name.split()), tokenizer.context_length
+        found = error.values.get("found", "too many")
+        message = (
+            f"the prompt {shortened(name)!r} ({words} words) is too long: {found} tokens with its template, start and "
+            f"end, the model reads at most {limit}. Shorten it"
+        )
+        raise InputError(message, prompt=name, expected=limit, found=found) from error
+
+
+def _embedded(
+    token_ids: Sequence[NDArray[np.int64]], encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+) -> tuple[list[NDArray[np.float32]], int]:
+    """Vector of each prompt, and the number of runs of the text graph."""
+    rows = [row for ids_TL in token_ids for row in ids_TL]
+    raw: list[NDArray[np.float32]] = []
+    starts = range(0, len(rows), _TEXTS_PER_RUN)
+    for start in starts:
+        raw += list(encode_text(_padded(rows[start : start + _TEXTS_PER_RUN])))
+    vectors = []
+    for ids_TL in token_ids:
+        vectors.append(ensemble(np.stack(raw[: len(ids_TL)])))
+        del raw[: len(ids_TL)]
+    return vectors, len(starts)
+
+
+def _padded(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows of token ids padded with 0 to the longest: (M, L) int64."""
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded

@@ -1,0 +1,63 @@
+"""Prompt banks: embedded prompts in one .npz file, for devices that carry no text encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .files import atomic_file
+from .prompts import PromptSet
+
+_FORMAT = "tclkit prompt bank 1"
+_KEYS = ("format", "names", "embeddings", "text_encoder_hash")
+
+
+def save_prompt_bank(path: str | Path, prompts: PromptSet) -> None:
+    """Write prompts and their embeddings to a .npz file (no pickle), whole or not at all."""
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            format=np.array(_FORMAT),
+            names=np.array(prompts.names),
+            embeddings=prompts.embeddings,
+            text_encoder_hash=np.array(prompts.key),
+        )
+
+
+def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) -> PromptSet:
+    """Read a prompt bank.
+
+    Args:
+        path: written by `save_prompt_bank` or `tclkit embed`.
+        text_encoder_hash: `Bundle.text_encoder_hash` of the model the prompts are for; None does not compare.
+
+    Raises:
+        InputError: no such file, not a prompt bank, damaged, or made with another text encoder.
+    """
+    arrays = _read_arrays(Path(path))
+    if set(arrays) != set(_KEYS) or str(arrays["format"]) != _FORMAT or arrays["names"].ndim != 1:
+        raise InputError(f"{path} is no prompt bank of this version. Make one: tclkit embed PROMPT... -o {path}")
+    key = str(arrays["text_encoder_hash"])
+    if text_encoder_hash is not None and key != text_encoder_hash:
+        raise InputError(
+            f"{path} was made with another text encoder ({key[:12]}) than this model's ({text_encoder_hash[:12]}). "
+            f"Make it again: tclkit embed PROMPT... --model NAME -o {path}",
+            expected=text_encoder_hash,
+            found=key,
+        )
+    try:
+        return PromptSet(names=tuple(str(name) for name in arrays["names"]), embeddings=arrays["embeddings"], key=key)
+    except InputError as error:
+        raise InputError(f"the prompt bank {path} is damaged: {error}") from error
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise InputError(f"the prompt bank {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # numpy and zipfile raise whatever the damage leads to
+        raise InputError(f"{path} is no prompt bank, or damaged ({error})") from error
