@@ -1,0 +1,53 @@
+"""Batches of the synthetic world for training: seeded, endless, resumable by one number."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tclkit.runtime.tokenizer import Tokenizer
+
+from .world import Scene, WorldConfig, scene
+
+# ImageNet's statistics, which TCL uses instead of CLIP's (per RGB channel, of values in 0..255).
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Image-text pairs: images_BCHW float32, normalised; token_ids_BL int64."""
+
+    images_BCHW: Tensor  # noqa: N815
+    token_ids_BL: Tensor  # noqa: N815
+
+
+def images_to_tensor(images_BHWC: np.ndarray) -> Tensor:
+    """Normalise bytes as TCL does: (B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32."""
+    x_BCHW = torch.from_numpy(np.ascontiguousarray(images_BHWC)).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return (x_BCHW - mean) / std
+
+
+class WorldBatches:
+    """Draws batches in which no two captions are equal, since equal ones would be each other's false negatives.
+
+    position: index of the next scene; set it to continue an earlier run.
+    """
+
+    def __init__(self, world: WorldConfig, tokenizer: Tokenizer, batch_size: int) -> None:
+        self._world, self._tokenizer, self._batch_size = world, tokenizer, batch_size
+        self.position = 0
+
+    def next(self, *, max_objects: int | None = None) -> Batch:
+        """Draw the next batch, of scenes with at most `max_objects` objects."""
+        world = self._world if max_objects is None else replace(self._world, max_objects=max_objects)
+        drawn: dict[str, Scene] = {}
+        while len(drawn) < self._batch_size:
+            candidate = scene(world, self.position)
+            self.position += 1
+            drawn.setdefault(candidate.caption, candidate)
+        images = np.stack([one.image for one in drawn.values()])
+        token_ids = self._tokenizer.encode(list(drawn))
+        return Batch(images_to_tensor(images), torch.from_numpy(token_ids))

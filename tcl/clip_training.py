@@ -1,0 +1,55 @@
+"""Training a small CLIP from scratch on the synthetic world, with open_clip's classes and loss.
+
+Source: CLIP (Radford et al., ICML 2021); the loss is open_clip's ClipLoss.
+"""
+
+import math
+
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+from torch import Tensor
+
+from .batches import WorldBatches
+from .config import TrainConfig
+from .model import normalize
+from .schedule import parameter_groups
+
+_MAX_LOGIT_SCALE = math.log(100)
+
+
+class ClipStage:
+    """CLIP as a stage of the training loop."""
+
+    name = "clip"
+
+    def __init__(self, config: TrainConfig, model: CLIP, batches: WorldBatches) -> None:
+        self.settings = config.clip_training
+        self.model = model.train()
+        self._config, self._batches, self._loss = config, batches, ClipLoss()
+        groups = parameter_groups(model, self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.98))
+
+    @property
+    def position(self) -> int:
+        """Index of the next scene."""
+        return self._batches.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._batches.position = value
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """The symmetric contrastive loss of the next batch."""
+        limit = self._config.curriculum.max_objects(step / self.settings.steps, self._config.world.max_objects)
+        batch = self._batches.next(max_objects=limit)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
+            image_BD = self.model.encode_image(batch.images_BCHW)
+            text_BD = self.model.encode_text(batch.token_ids_BL)
+        image_BD, text_BD = normalize(image_BD.float(), -1), normalize(text_BD.float(), -1)
+        return {"contrastive_loss": self._loss(image_BD, text_BD, self.model.logit_scale.exp())}
+
+    def after_step(self) -> None:
+        """Keep the temperature within CLIP's bounds."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)

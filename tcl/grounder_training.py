@@ -1,0 +1,45 @@
+"""Training the grounder on a frozen CLIP: first its decoder alone, then its CLIP block too.
+
+Source: TCL (Cha et al., CVPR 2023), sections 3.2 and 4.1.
+"""
+
+import torch
+from torch import Tensor
+
+from .batches import WorldBatches
+from .config import TrainConfig
+from .model import TCL
+from .schedule import parameter_groups
+
+
+class GrounderStage:
+    """TCL as a stage of the training loop."""
+
+    name = "grounder"
+
+    def __init__(self, config: TrainConfig, model: TCL, batches: WorldBatches) -> None:
+        self.settings = config.grounder_training
+        self.model = model.train()
+        self._config, self._batches = config, batches
+        groups = parameter_groups(model, self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.999), eps=1e-6)
+
+    @property
+    def position(self) -> int:
+        """Index of the next scene."""
+        return self._batches.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._batches.position = value
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """TCL's six weighted losses of the next batch."""
+        self.model.train_stage("decoder" if step < self._config.grounder.decoder_only_steps else "full")
+        batch = self._batches.next()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
+            losses: dict[str, Tensor] = self.model(batch.images_BCHW, batch.token_ids_BL, weights=self._config.losses)
+        return {name: loss.float() for name, loss in losses.items()}
+
+    def after_step(self) -> None:
+        """TCL bounds nothing: its temperatures are clamped where they are used."""

@@ -1,0 +1,159 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tclkit.runtime.errors import CheckpointError, ConfigError, TrainingError
+from tclkit.tcl.checkpoint import load_checkpoint, load_model
+from tclkit.tcl.config import TrainConfig, load_config
+from tclkit.tcl.loop import TrainProgress
+from tclkit.tcl.train import train
+
+TINY = [
+    "world.size=32",
+    "clip.image_size=32",
+    "clip.embed_dim=16",
+    "clip.vision_width=32",
+    "clip.vision_layers=2",
+    "clip.vision_head_width=16",
+    "clip.text_width=16",
+    "clip.text_heads=1",
+    "clip.text_layers=1",
+    "clip_training.steps=6",
+    "clip_training.batch_size=4",
+    "clip_training.warmup_steps=2",
+    "grounder_training.steps=6",
+    "grounder_training.batch_size=4",
+    "grounder_training.warmup_steps=2",
+    "grounder.decoder_only_steps=3",
+    "evaluation.scenes=8",
+    "evaluation.batch_size=4",
+    "save_every=2",
+]
+
+
+@pytest.fixture
+def tiny() -> TrainConfig:
+    return load_config("tcl-shapes", TINY)
+
+
+class _StopError(Exception):
+    """Stands in for a run that is cut off."""
+
+
+def _stop_at(stage: str, step: int):  # type: ignore[no-untyped-def]
+    def callback(progress: TrainProgress) -> None:
+        if (progress.stage, progress.step) == (stage, step):
+            raise _StopError
+
+    return callback
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(path).state_dict())
+
+
+def test_a_run_leaves_a_model_scores_and_a_log(tiny: TrainConfig, tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+    result = train(tiny, run_folder=tmp_path / "run", progress=lambda p: seen.append((p.stage, p.step)))
+    assert [s for s in seen if s[0] == "clip"] == [("clip", i) for i in range(1, 7)]
+    assert seen[-1] == ("evaluation", 8)
+    assert {(s.method, s.prompts) for s in result.scores} == {
+        (method, prompts) for method in ("MaskCLIP", "TCL", "TCL + 0.3 KP") for prompts in ("present", "all")
+    }
+    extra = load_checkpoint(result.checkpoint)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["scores"]
+    assert "tokenizer_json" in str(extra.keys()) or "tokenizer_json" in extra.get("extra", {})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"clip", "grounder"}
+
+
+@pytest.mark.parametrize(("stage", "step"), [("clip", 3), ("grounder", 5)])
+def test_an_interrupted_run_ends_with_the_same_bits(tiny: TrainConfig, tmp_path: Path, stage: str, step: int) -> None:
+    whole = train(tiny, run_folder=tmp_path / "whole").checkpoint
+    with pytest.raises(_StopError):
+        train(tiny, run_folder=tmp_path / "cut", progress=_stop_at(stage, step))
+    assert not (tmp_path / "cut" / "tcl.pt").exists()
+    mended = train(tiny, run_folder=tmp_path / "cut").checkpoint
+    one, other = _weights(whole), _weights(mended)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_kill_minus_nine_leaves_a_folder_to_go_on_from(tmp_path: Path) -> None:
+    """A real process, killed for real once its first checkpoint stands."""
+    overrides = [*TINY, "clip_training.steps=400"]
+    program = (
+        "import sys; from tclkit.tcl.config import load_config; from tclkit.tcl.train import train;"
+        f"train(load_config('tcl-shapes', {overrides!r}), run_folder=sys.argv[1])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last-clip.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    steps: list[int] = []
+
+    def callback(progress: TrainProgress) -> None:
+        steps.append(progress.step)
+        raise _StopError
+
+    with pytest.raises(_StopError):
+        train(load_config("tcl-shapes", overrides), run_folder=tmp_path / "run", progress=callback)
+    assert steps[0] > 2
+
+
+def test_a_finished_run_is_not_trained_again(tiny: TrainConfig, tmp_path: Path) -> None:
+    first = train(tiny, run_folder=tmp_path)
+    before = first.checkpoint.stat().st_mtime_ns
+    again = train(tiny, run_folder=tmp_path, progress=_stop_at("clip", 1))
+    assert again.checkpoint.stat().st_mtime_ns == before
+    assert again.scores == first.scores
+
+
+def test_another_configuration_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(_StopError):
+        train(tiny, run_folder=tmp_path, progress=_stop_at("clip", 3))
+    other = replace(tiny, seed=7)
+    with pytest.raises(CheckpointError, match=r"another configuration.*--resume never"):
+        train(other, run_folder=tmp_path)
+    with pytest.raises(_StopError):
+        train(other, run_folder=tmp_path, resume="never", progress=_stop_at("clip", 1))
+
+
+def test_a_damaged_checkpoint_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "last-clip.pt").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(CheckpointError, match=r"last-clip\.pt cannot be read"):
+        train(tiny, run_folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    wild = replace(tiny, clip_training=replace(tiny.clip_training, lr=1e30, min_lr=0.0))
+    with pytest.raises(TrainingError, match="not finite"):
+        train(wild, run_folder=tmp_path)
+
+
+def test_a_vocabulary_of_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the world's vocabulary has 613 tokens"):
+        train(replace(tiny, clip=replace(tiny.clip, vocab_size=600)), run_folder=tmp_path)
+
+
+def test_another_runs_clip_can_be_taken(tiny: TrainConfig, tmp_path: Path) -> None:
+    train(tiny, run_folder=tmp_path / "first")
+    shared = replace(tiny, clip_checkpoint=str(tmp_path / "first" / "clip.pt"))
+    stages: set[str] = set()
+    train(shared, run_folder=tmp_path / "second", progress=lambda p: stages.add(p.stage))
+    assert stages == {"grounder", "evaluation"}
+    with pytest.raises(ConfigError, match="does not exist"):
+        train(replace(tiny, clip_checkpoint=str(tmp_path / "none.pt")), run_folder=tmp_path / "third")
