@@ -200,3 +200,16 @@ def state_dict_from_modules(module: Any, prefix: str = "") -> dict[str, torch.Te
         elif isinstance(value, Inert):
             tensors.update(state_dict_from_modules(value, f"{prefix}{name}."))
     return tensors
+
+
+def plain_from_inert(value: Any) -> Any:
+    """Turn a tree of OmegaConf stand-ins into dicts, lists and plain values; other stand-ins become their names."""
+    if isinstance(value, Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        inner = state.get("_content", state.get("_val", repr(value)))  # a container of OmegaConf, or a leaf
+        return plain_from_inert(inner)
+    if isinstance(value, dict):
+        return {plain_from_inert(key): plain_from_inert(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_from_inert(item) for item in value]
+    return value

@@ -313,13 +313,13 @@ def _unsupported(clip: CLIP) -> list[tuple[str, bool]]:
 
 
 def _load_named(name: str, tag: str) -> tuple[ClipConfig, CLIP]:
+    _require_named_vit(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         choice = (
             f"choose one of {', '.join(f'{name}:{known}' for known in tags)}" if tags else "it has no published weights"
         )
         raise CheckpointError(f"open_clip has no weights {tag!r} for {name}; {choice}.", name=name, tag=tag)
-    _require_named_vit(name)
     try:
         clip = open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu")
     except (OSError, RuntimeError) as error:
