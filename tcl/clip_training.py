@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batches import WorldBatches
 from .config import TrainConfig
-from .model import normalize
+from .model import encode_text, normalize
 from .schedule import parameter_groups
 
 _MAX_LOGIT_SCALE = math.log(100)
@@ -45,7 +45,7 @@ class ClipStage:
         batch = self._batches.next(max_objects=limit)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
             image_BD = self.model.encode_image(batch.images_BCHW)
-            text_BD = self.model.encode_text(batch.token_ids_BL)
+            text_BD = encode_text(self.model, batch.token_ids_BL)
         image_BD, text_BD = normalize(image_BD.float(), -1), normalize(text_BD.float(), -1)
         return {"contrastive_loss": self._loss(image_BD, text_BD, self.model.logit_scale.exp())}
 
