@@ -1,1 +1,194 @@
-"""runtime."""
+"""What runs on the device: bundles, prompts, backends, `Segmenter`, drawing. Never imports torch.
+
+Names are imported when they are asked for, so that `import tclkit.runtime` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backends import Backend, BackendStatus, Features, available_backends, choose_backend
+    from .bundle import Bundle, find_bundle, list_bundles, open_bundle, read_manifest, write_manifest
+    from .drawing import draw_overlay
+    from .embedding import EmbeddedPrompts, embed_prompts
+    from .errors import (
+        BackendError,
+        BuildError,
+        BundleError,
+        CheckpointError,
+        ConfigError,
+        DownloadError,
+        EngineMismatchError,
+        ExportError,
+        InputError,
+        ParityError,
+        TclkitError,
+        TrainingError,
+    )
+    from .images import load_image
+    from .manifest import FileRecord, ImageEntry, Manifest, ModelInfo, Preprocessing, Thresholds, Vocabulary
+    from .onnxruntime_backend import OnnxRuntimeBackend
+    from .pamr import refine_masks
+    from .preprocess import FitPlan, plan_fit, rescaled_size, resize_image
+    from .prompt_bank import load_prompt_bank, save_prompt_bank
+    from .prompts import PROTOCOL_TEMPLATES, PromptSet, check_prompts, expand_prompt, unknown_words
+    from .regions import Region
+    from .result import Segmentation
+    from .segmenter import Segmenter
+    from .text_cache import TextCache
+    from .tokenizer import Tokenizer, clean_text
+    from .upsample import resize_masks
+    from .windows import Window, WindowAverage, window_positions
+
+__all__ = [
+    "PROTOCOL_TEMPLATES",
+    "Backend",
+    "BackendError",
+    "BackendStatus",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DownloadError",
+    "EmbeddedPrompts",
+    "EngineMismatchError",
+    "ExportError",
+    "Features",
+    "FileRecord",
+    "FitPlan",
+    "ImageEntry",
+    "InputError",
+    "Manifest",
+    "ModelInfo",
+    "OnnxRuntimeBackend",
+    "ParityError",
+    "Preprocessing",
+    "PromptSet",
+    "Region",
+    "Segmentation",
+    "Segmenter",
+    "TclkitError",
+    "TextCache",
+    "Thresholds",
+    "Tokenizer",
+    "TrainingError",
+    "Vocabulary",
+    "Window",
+    "WindowAverage",
+    "available_backends",
+    "check_prompts",
+    "choose_backend",
+    "clean_text",
+    "draw_overlay",
+    "embed_prompts",
+    "expand_prompt",
+    "find_bundle",
+    "list_bundles",
+    "load_image",
+    "load_prompt_bank",
+    "open_bundle",
+    "plan_fit",
+    "read_manifest",
+    "refine_masks",
+    "rescaled_size",
+    "resize_image",
+    "resize_masks",
+    "save_prompt_bank",
+    "unknown_words",
+    "window_positions",
+    "write_manifest",
+]
+
+_HOMES = {
+    "backends": (
+        "Backend",
+        "BackendStatus",
+        "Features",
+        "available_backends",
+        "choose_backend",
+    ),
+    "bundle": (
+        "Bundle",
+        "find_bundle",
+        "list_bundles",
+        "open_bundle",
+        "read_manifest",
+        "write_manifest",
+    ),
+    "drawing": ("draw_overlay",),
+    "embedding": (
+        "EmbeddedPrompts",
+        "embed_prompts",
+    ),
+    "errors": (
+        "BackendError",
+        "BuildError",
+        "BundleError",
+        "CheckpointError",
+        "ConfigError",
+        "DownloadError",
+        "EngineMismatchError",
+        "ExportError",
+        "InputError",
+        "ParityError",
+        "TclkitError",
+        "TrainingError",
+    ),
+    "images": ("load_image",),
+    "manifest": (
+        "FileRecord",
+        "ImageEntry",
+        "Manifest",
+        "ModelInfo",
+        "Preprocessing",
+        "Thresholds",
+        "Vocabulary",
+    ),
+    "onnxruntime_backend": ("OnnxRuntimeBackend",),
+    "pamr": ("refine_masks",),
+    "preprocess": (
+        "FitPlan",
+        "plan_fit",
+        "rescaled_size",
+        "resize_image",
+    ),
+    "prompt_bank": (
+        "load_prompt_bank",
+        "save_prompt_bank",
+    ),
+    "prompts": (
+        "PROTOCOL_TEMPLATES",
+        "PromptSet",
+        "check_prompts",
+        "expand_prompt",
+        "unknown_words",
+    ),
+    "regions": ("Region",),
+    "result": ("Segmentation",),
+    "segmenter": ("Segmenter",),
+    "text_cache": ("TextCache",),
+    "tokenizer": (
+        "Tokenizer",
+        "clean_text",
+    ),
+    "upsample": ("resize_masks",),
+    "windows": (
+        "Window",
+        "WindowAverage",
+        "window_positions",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access costs nothing
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
