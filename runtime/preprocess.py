@@ -173,7 +173,7 @@ def plan_fit(
 ) -> FitPlan:
     """Plan how an image of `source_size` reaches one of the image graphs.
 
-    `whole` and `stretch` take the graph whose aspect is nearest to the image's, `slide` the squarest; ties go to the first.
+    `whole` and `stretch` use the graph of the nearest aspect, `slide` the squarest one; ties go to the first.
 
     Args:
         source_size: (H, W) of the image.
