@@ -123,7 +123,8 @@ def find_bundle(name_or_path: str | Path) -> Path:
         OSError,
         ValueError,
     ) as error:  # a name too long for the file system, a NUL in it, a folder we may not enter
-        raise BundleError(f"{_short(name_or_path)} cannot be looked up: {error}", name=str(name_or_path)) from error
+        why = getattr(error, "strerror", None) or error
+        raise BundleError(f"{_short(name_or_path)!r} cannot be looked up: {why}", name=str(name_or_path)) from error
     raise _not_found(name_or_path, given)
 
 
@@ -274,5 +275,5 @@ def _not_found(name_or_path: str | Path, given: Path) -> BundleError:
 
 
 def _short(name: str | Path) -> str:
-    text = str(name)
+    text = "".join(character if character.isprintable() else "?" for character in str(name))
     return text if len(text) <= 80 else text[:77] + "..."
