@@ -1,1 +1,5 @@
-"""cli."""
+"""The `tclkit` command: a typer app, one file a command, thin over the libraries."""
+
+from .main import app, run
+
+__all__ = ["app", "run"]

@@ -1,0 +1,38 @@
+"""How the result of one image reads at a terminal."""
+
+from typing import TYPE_CHECKING
+
+from ._console import plain, printer, table
+
+if TYPE_CHECKING:
+    from tclkit.runtime import Segmentation
+
+_SMALLEST_SHARE = 0.0005  # reads as 0.1 %
+
+
+def print_findings(result: "Segmentation") -> None:
+    """Print the table of one image: each prompt with its share of the image and its number of regions."""
+    counts = region_counts(result)
+    rows = table("prompt", "area", "regions", right=("area", "regions"))
+    for name, share in result.areas.items():
+        rows.add_row(plain(name), share_text(share), str(counts.get(name, 0)))
+    printer().print(rows)
+
+
+def findings_line(result: "Segmentation") -> str:
+    """Say in one line what was found, the largest first: 'red circle 12.3 %, green star 4.0 %'."""
+    found = sorted(((share, name) for name, share in result.areas.items() if share >= _SMALLEST_SHARE), reverse=True)
+    return ", ".join(f"{name} {share_text(share)}" for share, name in found) or "nothing found"
+
+
+def region_counts(result: "Segmentation") -> dict[str, int]:
+    """Number of connected regions of each prompt that has any."""
+    counts: dict[str, int] = {}
+    for region in result.regions():
+        counts[region.name] = counts.get(region.name, 0) + 1
+    return counts
+
+
+def share_text(share: float) -> str:
+    """Fraction of the image as a percentage; what is there but tiny does not read as nothing."""
+    return "<0.1 %" if 0 < share < _SMALLEST_SHARE else f"{share * 100:.1f} %"

@@ -1,0 +1,127 @@
+"""Progress of long work, drawn on stderr: bars at a terminal, a line now and then elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from ._console import say, size_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+    from tclkit.tcl.loop import TrainProgress
+
+T = TypeVar("T")
+_LINE_EVERY_S = 30.0
+
+
+def tracked(items: Sequence[T], description: str, *, shown: bool = True) -> Iterator[T]:
+    """Iterate with a bar, where there is one to see: at a terminal to which the results do not go themselves."""
+    if not shown or not sys.stderr.isatty() or sys.stdout.isatty():
+        yield from items
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _bars(*columns, transient=True) as progress:
+        yield from progress.track(items, description=description)
+
+
+@contextlib.contextmanager
+def training_display() -> Iterator[Callable[["TrainProgress"], None]]:
+    """Yield the callback that draws a training run: one bar a stage, with the losses of the last step."""
+    if not sys.stderr.isatty():
+        yield _TrainingLines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[losses]}"),
+    )
+    with _bars(*columns) as progress:
+        yield _TrainingBars(progress)
+
+
+@contextlib.contextmanager
+def download_display() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yield the callback (file, bytes done, bytes in all or None) that draws downloads: one bar a file."""
+    if not sys.stderr.isatty():
+        yield _DownloadLines()
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _bars(*columns) as progress:
+        yield _DownloadBars(progress)
+
+
+def _bars(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
+    """Rich progress on stderr that leaves stdout alone, whatever it is connected to."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), transient=transient, redirect_stdout=False)
+
+
+class _TrainingBars:
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, at: "TrainProgress") -> None:
+        task = self._tasks.get(at.stage)
+        if task is None:
+            task = self._tasks[at.stage] = self._progress.add_task(at.stage, total=at.steps, losses="")
+        self._progress.update(task, completed=at.step, losses=_losses_text(at))
+
+
+class _TrainingLines:
+    def __init__(self) -> None:
+        self._last_s = -_LINE_EVERY_S
+
+    def __call__(self, at: "TrainProgress") -> None:
+        now_s = time.monotonic()
+        if at.step == at.steps or now_s - self._last_s >= _LINE_EVERY_S:
+            self._last_s = now_s
+            say(f"{at.stage} {at.step}/{at.steps}  {_losses_text(at)}".rstrip())
+
+
+class _DownloadBars:
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
+        task = self._tasks.get(file)
+        if task is None:
+            task = self._tasks[file] = self._progress.add_task(file, total=total_bytes)
+        self._progress.update(task, completed=done_bytes, total=total_bytes)
+
+
+class _DownloadLines:
+    def __init__(self) -> None:
+        self._last_s = -_LINE_EVERY_S
+
+    def __call__(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
+        now_s = time.monotonic()
+        if done_bytes == total_bytes or now_s - self._last_s >= _LINE_EVERY_S:
+            self._last_s = now_s
+            of = "" if total_bytes is None else f" of {size_text(total_bytes)}"
+            say(f"{file}: {size_text(done_bytes)}{of}")
+
+
+def _losses_text(at: "TrainProgress") -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in at.losses.items())

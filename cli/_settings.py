@@ -1,0 +1,58 @@
+"""Options that several commands share."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class BackendName(str, Enum):
+    """Values of --backend."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    OPENVINO = "openvino"
+    ONNXRUNTIME = "onnxruntime"
+
+
+class FitName(str, Enum):
+    """Values of --fit."""
+
+    WHOLE = "whole"
+    STRETCH = "stretch"
+    SLIDE = "slide"
+
+
+def fraction(value: float | None) -> float | None:
+    """Let a number from 0 to 1 through, or none at all; typer's own check would let NaN pass."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value:g} is not in the range 0 to 1")
+    return value
+
+
+DEFAULT_MODEL = "tcl-shapes"
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="Name of an installed model, or a bundle's folder.")
+]
+BackendOption = Annotated[
+    BackendName,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="What runs the graphs: onnxruntime, openvino, tensorrt, or auto for the best that is installed.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on standard output.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Training checkpoint: ours, or the authors' tcl.pth.")
+]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        metavar="FILE|NAME",
+        help="CLIP's weights, for a checkpoint that holds only what was learned: a file, or open_clip's name of them.",
+    ),
+]

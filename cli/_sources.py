@@ -1,0 +1,80 @@
+"""Which images a command line means: a file, a folder, a quoted glob, or standard input."""
+
+import glob
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tclkit.runtime.errors import InputError
+
+STANDARD_INPUT = "-"
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+OVERLAY_ENDING = "-overlay.png"
+_GLOB_SIGNS = frozenset("*?[")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One image to look at.
+
+    name: what to call it in messages and results.
+    path: the file; None for standard input.
+    """
+
+    name: str
+    path: Path | None
+
+    def read(self) -> Path | bytes:
+        """What `tclkit.runtime.load_image` takes: the path, or all bytes of standard input."""
+        return self.path if self.path is not None else sys.stdin.buffer.read()
+
+
+def find_sources(image: str) -> list[Source]:
+    """Images that the IMAGE argument stands for, in a stable order.
+
+    A folder stands for the images directly inside it, without overlays of an earlier run; `**` in a glob reaches down.
+    Whether the files are readable images shows when they are read.
+
+    Raises:
+        InputError: there is no such file, or nothing that looks like an image in the folder or behind the glob.
+    """
+    if image == STANDARD_INPUT:
+        return [Source(name="standard input", path=None)]
+    path = Path(image)
+    if not image:
+        raise InputError("IMAGE is empty: name a file, a folder, a quoted glob, or - for standard input")
+    if path.is_dir():
+        return [Source(name=str(found), path=found) for found in _images_in_folder(path)]
+    if not path.exists() and _GLOB_SIGNS & set(image):
+        return [Source(name=str(found), path=found) for found in _images_behind_glob(image)]
+    if not path.exists():
+        raise InputError(f"{image}: no such file or folder", image=image)
+    return [Source(name=image, path=path)]
+
+
+def stands_for_many(image: str) -> bool:
+    """Whether IMAGE is a folder or a glob, so that results go to a folder even when it holds one image only."""
+    path = Path(image)
+    return image != STANDARD_INPUT and (path.is_dir() or (not path.exists() and bool(_GLOB_SIGNS & set(image))))
+
+
+def _images_in_folder(folder: Path) -> list[Path]:
+    images = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(OVERLAY_ENDING) and path.is_file()
+    ]
+    if not images:
+        raise InputError(f"{folder}: no images in this folder (looked for {_suffix_list()})", folder=str(folder))
+    return images
+
+
+def _images_behind_glob(pattern: str) -> list[Path]:
+    images = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
+    if not images:
+        raise InputError(f"{pattern}: no file matches this pattern", pattern=pattern)
+    return images
+
+
+def _suffix_list() -> str:
+    return ", ".join(sorted(IMAGE_SUFFIXES))

@@ -1,0 +1,119 @@
+"""`tclkit info`: what is installed here, and where."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from ._console import DebugOption, plain, print_json, printer, size_text, table
+from ._settings import JsonOption
+
+_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "numpy": ("numpy",),
+    "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
+    "pillow": ("pillow",),
+    "tokenizers": ("tokenizers",),
+    "torch": ("torch",),
+    "open_clip": ("open_clip_torch", "open-clip-torch"),
+    "onnx": ("onnx",),
+    "onnxscript": ("onnxscript",),
+}
+
+
+def version_text() -> str:
+    """What `tclkit --version` prints."""
+    return f"tclkit {package_version('tclkit')}"
+
+
+def package_version(*distributions: str) -> str | None:
+    """Version of the first of these distributions that is installed; None when none is. Imports nothing."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
+            continue
+    return None
+
+
+def info(
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show models, backends, versions and the cache."""
+    found = gather()
+    if json_output:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def gather() -> dict[str, Any]:
+    """Everything `tclkit info` knows, as plain values."""
+    return {"models": _models(), "backends": _backends(), "versions": _versions(), "folders": _folders()}
+
+
+def _models() -> list[dict[str, Any]]:
+    from tclkit.runtime import list_bundles
+
+    return [
+        {
+            "name": bundle.name,
+            "folder": str(bundle.folder),
+            "size_bytes": bundle.size_bytes,
+            "image_sizes": [f"{image.height}x{image.width}" for image in bundle.manifest.images],
+            "precisions": sorted({precision for image in bundle.manifest.images for precision in image.files}),
+            "description": bundle.manifest.description,
+        }
+        for bundle in list_bundles()
+    ]
+
+
+def _backends() -> list[dict[str, Any]]:
+    from tclkit.runtime import available_backends
+
+    return [
+        {"name": b.name, "available": b.available, "version": b.version, "remedy": b.remedy}
+        for b in available_backends()
+    ]
+
+
+def _versions() -> dict[str, str | None]:
+    packages = {name: package_version(*distributions) for name, distributions in _PACKAGES.items()}
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    return {"tclkit": package_version("tclkit"), "python": platform.python_version(), "system": system, **packages}
+
+
+def _folders() -> dict[str, dict[str, Any]]:
+    from tclkit.runtime.files import cache_folder, models_folder
+
+    return {
+        name: {"path": str(folder), "size_bytes": _size_bytes(folder)}
+        for name, folder in {"models": models_folder(), "cache": cache_folder()}.items()
+    }
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = printer()
+    models = table("model", "size", "images", "precision", "what it is", right=("size",), title="Models")
+    for model in found["models"]:
+        sizes, precisions = ", ".join(model["image_sizes"]), ", ".join(model["precisions"])
+        what = f"{plain(model['description'])}\n[dim]{plain(model['folder'])}[/dim]"
+        models.add_row(plain(model["name"]), size_text(model["size_bytes"]), sizes, precisions, what)
+    backends = table("backend", "version", "state", title="Backends")
+    for backend in found["backends"]:
+        state = "ready" if backend["available"] else plain(backend["remedy"])
+        backends.add_row(backend["name"], backend["version"] or "-", state)
+    versions = table("package", "version", title="Versions")
+    for name, version in found["versions"].items():
+        versions.add_row(name, plain(version or "not installed"))
+    folders = table("folder", "size", "path", right=("size",), title="Folders")
+    for name, folder in found["folders"].items():
+        folders.add_row(name, size_text(folder["size_bytes"]), plain(folder["path"]))
+    for part in (models, backends, versions, folders):
+        console.print(part)

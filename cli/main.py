@@ -1,0 +1,76 @@
+"""The `tclkit` command: what its sub-commands share."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ._console import DebugOption, reported_errors
+from .demo import demo
+from .embed import embed
+from .export import export
+from .info import info, version_text
+from .pull import pull
+from .segment import segment
+from .train import train
+
+_HELP = """Name things in words, get their pixels.
+
+Start with [bold]tclkit demo[/bold]; then [bold]tclkit segment IMAGE PROMPT...[/bold]"""
+
+
+class _Group(TyperGroup):
+    """Reports the errors of every command in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported_errors(ctx):
+            return super().invoke(ctx)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(version_text())
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def _make_app() -> typer.Typer:
+    made = typer.Typer(
+        name="tclkit",
+        cls=_Group,
+        help=_HELP,
+        callback=_options,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,  # a bug of ours gets Python's own traceback
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for panel, commands in {
+        "Look": (demo, segment),
+        "Get or make a model": (pull, export, train),
+        "Around it": (embed, info),
+    }.items():
+        for command in commands:
+            made.command(rich_help_panel=panel)(command)
+    return made
+
+
+app = _make_app()
+
+
+def run() -> None:
+    """Entry point of the `tclkit` script."""
+    for stream in (sys.stdout, sys.stderr):  # a prompt that the terminal cannot show must not end the program
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="tclkit")

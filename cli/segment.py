@@ -1,0 +1,195 @@
+"""`tclkit segment`: find what the prompts name, in one image or many."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tclkit.runtime.errors import InputError
+
+from ._console import EXIT_FAILED, DebugOption, error_text, fail, print_json, say
+from ._findings import findings_line, print_findings
+from ._outputs import plan_overlays
+from ._progress import tracked
+from ._settings import DEFAULT_MODEL, BackendName, BackendOption, FitName, JsonOption, ModelOption, fraction
+from ._sources import Source, find_sources, stands_for_many
+
+if TYPE_CHECKING:
+    from tclkit.runtime import PromptSet, Segmentation, Segmenter
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What became of the images.
+
+    images: one dict an image, as they are printed with --json.
+    failed: images that could not be used, with the reason.
+    """
+
+    images: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+
+
+def segment(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="A file, a folder, a quoted glob, or - for standard input.")
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to look for: 'red circle' 'a green star'.", show_default=False),
+    ] = None,
+    bank: Annotated[
+        Path | None, typer.Option("--bank", metavar="FILE", help="Prompts from `tclkit embed` instead of PROMPT...")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    backend: BackendOption = BackendName.AUTO,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Where the overlay goes: a file for one image, a folder for several. Default: NAME-overlay.png here, "
+            "or the folder tclkit-overlays; nothing with --json.",
+        ),
+    ] = None,
+    json_output: JsonOption = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            callback=fraction,
+            metavar="0..1",
+            help="A pixel is background where no prompt's mask is above this. Default: the model's.",
+            show_default=False,
+        ),
+    ] = None,
+    background: Annotated[
+        bool, typer.Option("--background/--no-background", help="Whether a pixel may belong to no prompt.")
+    ] = True,
+    pamr: Annotated[bool, typer.Option("--pamr", help="Refine masks along the image's edges (slower).")] = False,
+    kp: Annotated[
+        float | None,
+        typer.Option(
+            callback=fraction,
+            metavar="0..1",
+            help="Share of CLIP's own masks in the mix. Default: the model's.",
+            show_default=False,
+        ),
+    ] = None,
+    fit: Annotated[
+        FitName,
+        typer.Option(
+            metavar="WAY",
+            help="whole: resized to fit inside the model's size; stretch: to that size; slide: overlapping windows.",
+        ),
+    ] = FitName.WHOLE,
+    debug: DebugOption = False,
+) -> None:
+    """Colour the pixels of IMAGE that each PROMPT names."""
+    _check_prompts(prompts, bank)
+    sources, many = find_sources(image), stands_for_many(image)
+    wanted = output is not None or not json_output
+    overlays = plan_overlays(sources, output, many=many) if wanted else [None] * len(sources)
+    settings = {"threshold": threshold, "background": background, "kp_w": kp, "pamr": pamr, "fit": fit.value}
+    segmenter = _opened(model, backend)
+    prompt_set = _prompt_set(segmenter, prompts, bank)
+    outcome = Outcome()
+    for source, overlay in tracked(list(zip(sources, overlays, strict=True)), "segmenting", shown=many):
+        result = _segment_one(segmenter, prompt_set, source, overlay, settings, outcome)
+        if result is not None and not json_output:
+            print_result(result, source, many=many)
+    if json_output:
+        print_json(_document(segmenter, prompt_set, settings, outcome))
+    _close(outcome, overlays, many=many)
+
+
+def _check_prompts(prompts: list[str] | None, bank: Path | None) -> None:
+    if not prompts and bank is None:
+        raise typer.BadParameter("there is nothing to look for: give at least one PROMPT, or --bank FILE")
+    if prompts and bank is not None:
+        raise typer.BadParameter("PROMPT and --bank exclude each other")
+
+
+def _opened(model: str, backend: BackendName) -> "Segmenter":
+    from tclkit.runtime import Segmenter
+
+    return Segmenter.open(model, backend=backend.value)
+
+
+def _prompt_set(segmenter: "Segmenter", prompts: list[str] | None, bank: Path | None) -> "PromptSet":
+    from tclkit.runtime import load_prompt_bank
+
+    return load_prompt_bank(bank) if bank is not None else segmenter.prompts(prompts or [])
+
+
+def _segment_one(
+    segmenter: "Segmenter",
+    prompts: "PromptSet",
+    source: Source,
+    overlay: Path | None,
+    settings: dict[str, Any],
+    outcome: Outcome,
+) -> "Segmentation | None":
+    """Segment one image, write its overlay and note the outcome; None when the image cannot be used.
+
+    What is wrong with an image is that image's affair. What is wrong with the model or the disk ends the run.
+    """
+    from tclkit.runtime import load_image
+
+    try:
+        image_hwc = load_image(source.read(), name=source.name)
+        started = time.perf_counter()
+        result = segmenter(image_hwc, prompts, **settings)
+    except (InputError, MemoryError) as error:
+        fail(error_text(error))
+        outcome.failed.append({"image": source.name, "error": error_text(error)})
+        return None
+    latency_ms = round((time.perf_counter() - started) * 1000, 2)
+    if overlay is not None:
+        result.save_overlay(overlay)
+    named = {"image": source.name, "overlay": None if overlay is None else str(overlay), "latency_ms": latency_ms}
+    outcome.images.append({**named, **result.to_dict()})
+    return result
+
+
+def print_result(result: "Segmentation", source: Source, *, many: bool) -> None:
+    """Show one result on stdout: a table for the only image, one line for each of many."""
+    if many:
+        typer.echo(f"{source.name}: {findings_line(result)}")
+    else:
+        print_findings(result)
+
+
+def _document(
+    segmenter: "Segmenter", prompts: "PromptSet", settings: dict[str, Any], outcome: Outcome
+) -> dict[str, Any]:
+    return {
+        "model": segmenter.bundle.name,
+        "backend": segmenter.backend.name,
+        "prompts": list(prompts.names),
+        "settings": settings,
+        "images": outcome.images,
+        "failed": outcome.failed,
+        "stats": segmenter.stats.to_dict(),
+    }
+
+
+def _close(outcome: Outcome, overlays: Sequence[Path | None], *, many: bool) -> None:
+    written = [image["overlay"] for image in outcome.images if image["overlay"] is not None]
+    if written and many:
+        say(f"{len(written)} overlay(s) in {os.path.commonpath([Path(path).parent for path in written])}")
+    elif written:
+        say(f"overlay: {written[0]}")
+    if outcome.failed:
+        if many:
+            fail(f"{len(outcome.failed)} of {len(overlays)} images could not be used: {_names(outcome.failed)}")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _names(failed: Sequence[dict[str, str]]) -> str:
+    shown = [entry["image"] for entry in failed[:5]]
+    return ", ".join(shown) + (f" and {len(failed) - len(shown)} more" if len(failed) > len(shown) else "")

@@ -1,0 +1,71 @@
+"""Where overlays go."""
+
+from pathlib import Path
+
+import pytest
+
+from tclkit.cli._outputs import plan_overlays
+from tclkit.cli._sources import Source
+from tclkit.runtime.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sources(*paths: str) -> list[Source]:
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(b"input")
+    return [Source(name=path, path=Path(path)) for path in paths]
+
+
+def plan(*paths: str, output: str | None = None, many: bool = False) -> list[str]:
+    planned = plan_overlays(sources(*paths), None if output is None else Path(output), many=many)
+    return [path.as_posix() for path in planned]
+
+
+def test_one_image() -> None:
+    assert plan("in/a.jpg") == ["a-overlay.png"]
+    assert plan("in/a.jpg", output="b.webp") == ["b.webp"]
+    assert plan("in/a.jpg", output="new") == ["new/a-overlay.png"]
+    assert plan("in/a.jpg", output="in") == ["in/a-overlay.png"]
+    assert plan_overlays([Source(name="standard input", path=None)], None, many=False) == [Path("stdin-overlay.png")]
+
+
+def test_many_images() -> None:
+    assert plan("in/a.jpg", "in/b.jpg", many=True) == ["tclkit-overlays/a-overlay.png", "tclkit-overlays/b-overlay.png"]
+    assert plan("in/a.jpg", output="out", many=True) == ["out/a-overlay.png"]
+
+
+def test_no_two_overlays_share_a_name() -> None:
+    assert plan("in/a.jpg", "in/a.png", "in/sub/a.png", output="out", many=True) == [
+        "out/a.jpg-overlay.png",
+        "out/a.png-overlay.png",
+        "out/sub/a-overlay.png",
+    ]
+
+
+@pytest.mark.parametrize("output", ["in/a.png", "in/../in/a.png", "link.png"])
+def test_an_input_is_never_overwritten(output: str) -> None:
+    Path("link.png").symlink_to("in/a.png")
+    with pytest.raises(InputError, match=r"is an input and is not overwritten: give another -o"):
+        plan("in/a.png", output=output)
+
+
+def test_an_input_among_many_is_never_overwritten() -> None:
+    with pytest.raises(InputError, match="is an input"):
+        plan("in/a.jpg", "in/a-overlay.png", output="in", many=True)
+
+
+def test_many_images_need_a_folder() -> None:
+    sources("there")
+    for output in ("there", "new.png"):
+        with pytest.raises(InputError, match=rf"{output} names a file, but the overlays of 2 image\(s\) need a folder"):
+            plan("in/a.jpg", "in/b.jpg", output=output, many=True)
+
+
+def test_an_unknown_format_is_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match=r"out\.txt: an overlay is written as one of \.png"):
+        plan("in/a.jpg", output="out.txt")
