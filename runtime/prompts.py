@@ -187,9 +187,11 @@ def _is_phrase(named: str) -> bool:
 
 
 def _is_plural(words: Sequence[str]) -> bool:
-    """Whether what was counted is a plural, or has a determiner of its own ("all the water")."""
+    """Whether what was counted is a plural, or brings a determiner ("all the water", "two of them")."""
+    if words[:1] == ["of"] or (words and words[0] in _DETERMINERS):
+        return True
     counted = list(itertools.takewhile(lambda word: word not in _LINKS, words))
-    return bool(counted) and (counted[0] in _DETERMINERS or counted[-1] in _PLURALS or counted[-1].endswith("s"))
+    return bool(counted) and (counted[-1] in _PLURALS or counted[-1].endswith("s"))
 
 
 def _with_phrase(template: str, phrase: str) -> str:
@@ -197,7 +199,7 @@ def _with_phrase(template: str, phrase: str) -> str:
     before, after = template.split("{}")
     words = before.split(" ")  # the last is empty where a space comes before the slot
     for index in reversed(range(len(words))):
-        if words[index].lower() in _LINKS:
+        if words[index].lower() in _LINKS or words[index].endswith((":", ",", ";")):
             break
         if words[index].lower() in _DETERMINERS:
             before = "".join(kept + " " for kept in words[:index])
