@@ -10,6 +10,7 @@ import collections
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ _DTYPES = {
 }
 
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
+
+
+# What reading a damaged or hostile archive may raise.
+DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Inert:
@@ -139,11 +157,11 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown kind of storage {dtype!r}")
         if key not in self._storages:
-            data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-            if len(data) != count * dtype.itemsize:
-                raise pickle.UnpicklingError(
-                    f"storage {key} holds {len(data)} bytes, expected {count * dtype.itemsize}"
-                )
+            info = self._archive.getinfo(f"{self._root}/data/{key}")
+            size_bytes = count * dtype.itemsize
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != size_bytes:
+                raise pickle.UnpicklingError(f"storage {key} has {info.file_size} bytes, expected {size_bytes}")
+            data = bytearray(self._archive.read(info))
             self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[key]
 
@@ -184,9 +202,7 @@ def read_archive(path: str | Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(archive, root).load()
-    except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, TypeError, IndexError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
-    except (AttributeError, ImportError, OverflowError, UnicodeError, struct.error, RuntimeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
 
 

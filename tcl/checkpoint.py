@@ -12,7 +12,7 @@ from torch import Tensor
 from tclkit.runtime.errors import CheckpointError
 from tclkit.runtime.files import atomic_file
 
-from ._torch_archive import archive_root, is_torchscript, plain_from_inert, read_archive
+from ._torch_archive import DAMAGE, archive_root, is_torchscript, plain_from_inert, read_archive
 from .clip import ClipConfig, config_from_clip, load_clip
 from .model import TCL, TCLConfig
 from .official import clip_from_official, is_official, model_from_official
@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "extra": extra,
         }
     raise CheckpointError(
-        f"{path} is no TCL checkpoint: no tensor of a grounder in it. A CLIP file goes to clip=, beside a TCL checkpoint.",
+        f"{path} is no TCL checkpoint: it has no grounder. A CLIP file goes to clip=, beside a TCL checkpoint.",
         path=str(path),
     )
 
@@ -86,8 +86,8 @@ def load_model(checkpoint: str | Path | Mapping[str, Any], *, clip: str | Path |
     Args:
         checkpoint: file of ours; or the authors' tcl.pth, with learned parameters only or from full training; or what
             `load_checkpoint` returned.
-        clip: CLIP for a checkpoint that holds none: a file or name for `load_clip`, or a built model, which becomes part
-            of the result. For a checkpoint that holds its own, leave it out; a different one is refused.
+        clip: CLIP for a checkpoint that holds none: a file or name for `load_clip`, or a built model, which becomes
+            part of the result. For a checkpoint that holds its own, leave it out; a different one is refused.
 
     Raises:
         CheckpointError: see `load_checkpoint`, `load_clip`; or CLIP is missing or is not the one trained with.
@@ -99,8 +99,8 @@ def load_model(checkpoint: str | Path | Mapping[str, Any], *, clip: str | Path |
     own = clip_from_official(content["model"])
     if own is None and given is None:
         raise CheckpointError(
-            "this checkpoint holds the learned parameters only; name the CLIP that it was trained with: for the published "
-            'tcl.pth clip="ViT-B-16" (fetched through open_clip), or the path of OpenAI\'s ViT-B-16.pt.'
+            "this checkpoint holds the learned parameters only; name the CLIP that it was trained with: for the"
+            ' published tcl.pth clip="ViT-B-16" (fetched through open_clip), or the path of OpenAI\'s ViT-B-16.pt.'
         )
     if own is not None and given is not None:
         _require_equal_clip(own[1], given[1])
@@ -124,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         content = read_archive(path)  # the authors' config and metrics are no plain data
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a TCL checkpoint.", path=str(path))

@@ -4,6 +4,7 @@ Source: CLIP (Radford et al., ICML 2021); the towers are open_clip's `model.CLIP
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from ._strict import dataclass_from_dict
 from ._torch_archive import is_torchscript, read_archive, state_dict_from_modules
 
 _OPENAI_HEAD_WIDTH = 64  # every CLIP that OpenAI published
-_OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")  # entries only OpenAI's own files have
+_TORCHSCRIPT_MARK = "is_torchscript"  # ours, for files in the form that only OpenAI ships
+_OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size", _TORCHSCRIPT_MARK)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +110,8 @@ def load_clip(source: str | Path, *, quick_gelu: bool | None = None) -> tuple[Cl
         source: a state dict file, a TorchScript archive (its tensors are read, its code is not run), or an open_clip
             name such as "ViT-B-16" (OpenAI's weights) or "ViT-B-16:laion2b_s34b_b88k".
         quick_gelu: which GELU the weights of a *file* were trained with, which no file says. None: QuickGELU for
-            OpenAI's files (they hold input_resolution and such), the exact GELU otherwise.
+            OpenAI's weights (a TorchScript archive, an entry such as input_resolution, or half precision), else the
+            exact GELU, which is announced as a warning in the log.
 
     Returns:
         The config, and the model in fp32, eval mode, on the CPU. OpenAI's weights are rounded to fp16 first, as in the
@@ -144,8 +148,15 @@ def clip_from_state_dict(
         CheckpointError: a ResNet, a tower without a class token, or tensors that are missing or do not fit.
     """
     tensors = _unwrap(state)
-    is_openai = all(mark in tensors for mark in _OPENAI_MARKS)
-    config = _config_from_tensors(tensors, is_openai if quick_gelu is None else quick_gelu, where)
+    _require_vit(tensors, where)
+    is_openai = _is_openai(tensors)
+    if quick_gelu is None:
+        quick_gelu = is_openai
+        if not is_openai:
+            _LOG.warning(
+                "%s does not say which GELU it was trained with; the exact one is assumed (quick_gelu=False)", where
+            )
+    config = _config_from_tensors(tensors, quick_gelu, where)
     clip = build_clip(config)
     weights = {name: tensor.float() for name, tensor in tensors.items() if name not in _OPENAI_MARKS}
     try:
@@ -211,7 +222,7 @@ def round_to_half(clip: CLIP) -> None:
 def _read_state_dict(path: Path) -> Mapping[str, Any]:
     content = read_archive(path)
     if is_torchscript(path):
-        content = state_dict_from_modules(content)
+        content = {_TORCHSCRIPT_MARK: torch.tensor(True), **state_dict_from_modules(content)}
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds no state dict; give OpenAI's CLIP file, or an open_clip checkpoint.")
     return content
@@ -223,8 +234,11 @@ def _unwrap(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def _is_openai(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(mark in tensors for mark in _OPENAI_MARKS) or tensors["visual.proj"].dtype == torch.float16
+
+
 def _config_from_tensors(tensors: Mapping[str, torch.Tensor], quick_gelu: bool, where: str) -> ClipConfig:
-    _require_vit(tensors, where)
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     patches = tensors["visual.positional_embedding"].shape[0] - 1
     grid = round(patches**0.5)
