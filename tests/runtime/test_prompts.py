@@ -20,44 +20,31 @@ def test_every_published_class_name_gets_every_template_as_published(golden: Pat
             assert expand_prompt(name, PROTOCOL_TEMPLATES) == [t.replace("{}", name) for t in PROTOCOL_TEMPLATES]
 
 
-@pytest.mark.parametrize(
-    "prompt", ["dog", "traffic light", "hot dog", "two wheeler", "half moon", "picture", "beer can"]
-)
+BARE = "dog; traffic light; hot dog; two wheeler; half moon; picture; beer can"
+PHRASES = """a dog; an apple; the red mug; my cup; this chair; some dogs; two cats; 3 sheep; ten people; both of the dogs;
+all the water; lots of cars; someone; everything on the table; a dog that is sitting on the grass; two cats on a sofa"""
+CAPTIONS = """a photo of a dog; photo of a dog; a blurry black-and-white photo of my dog.; a drawing of two cats;
+an image with a red circle; art of the dog; itap of a dog; a dog in a video game.; a photo of many dogs;
+there is a dog on the sofa; it's a dog; we see a dog; i see a dog; the dog is asleep; dogs are running;
+some dog sleeps here.; is that a dog over there?"""
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";")]
+
+
+@pytest.mark.parametrize("prompt", listed(BARE))
 def test_bare_class_names(prompt: str) -> None:
     assert expand_prompt(prompt, PROTOCOL_TEMPLATES) == [t.replace("{}", prompt) for t in PROTOCOL_TEMPLATES]
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["a dog", "an apple", "the red mug", "my cup", "this chair", "some dogs", "two cats", "3 sheep", "ten people"]
-    + ["both of the dogs", "all the water", "lots of cars", "someone", "everything on the table"]
-    + ["a dog that is sitting on the grass", "two cats on a sofa", "one way"],
-)
+@pytest.mark.parametrize("prompt", listed(PHRASES))
 def test_phrases_are_not_doubled(prompt: str) -> None:
     expected = ["itap of {}.", "a bad photo of {}.", "{}.", "a photo of {}.", "{} in a video game.", "art of {}."]
     assert expand_prompt(prompt, PROTOCOL_TEMPLATES) == [text.replace("{}", prompt) for text in expected]
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["a photo of a dog", "photo of a dog", "a blurry black-and-white photo of my dog.", "a drawing of two cats"]
-    + [
-        "an image with a red circle",
-        "art of the dog",
-        "itap of a dog",
-        "a dog in a video game.",
-        "a photo of many dogs",
-    ]
-    + [
-        "there is a dog on the sofa",
-        "it's a dog",
-        "we see a dog",
-        "the dog is asleep",
-        "dogs are running",
-        "i see a dog",
-    ]
-    + ["some dog sleeps here.", "is that a dog over there?"],
-)
+@pytest.mark.parametrize("prompt", listed(CAPTIONS))
 def test_captions_are_used_alone(prompt: str) -> None:
     assert expand_prompt(prompt, PROTOCOL_TEMPLATES) == [prompt]
 
@@ -83,8 +70,6 @@ def test_templates_in_the_wording_of_the_world(prompt: str) -> None:
     ],
 )
 def test_a_phrase_takes_the_place_of_the_noun_phrase(template: str, expected: str) -> None:
-    if template.startswith("view"):
-        pytest.xfail("a template whose slot follows another noun phrase and a colon loses that noun phrase")
     assert expand_prompt("a dog", [template]) == [expected]
 
 
