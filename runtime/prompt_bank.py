@@ -55,7 +55,7 @@ def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputError(f"the prompt bank {path} cannot be read: {error.strerror or error}") from error

@@ -22,7 +22,8 @@ def test_every_published_class_name_gets_every_template_as_published(golden: Pat
 
 BARE = "dog; traffic light; hot dog; two wheeler; half moon; picture; beer can"
 PHRASES = """a dog; an apple; the red mug; my cup; this chair; some dogs; two cats; 3 sheep; ten people; all the water;
-both of the dogs; lots of cars; someone; everything on the table; a dog that is sitting on the grass; two cats on a sofa"""
+both of the dogs; lots of cars; someone; everything on the table; two cats on a sofa;
+a dog that is sitting on the grass"""
 CAPTIONS = """a photo of a dog; photo of a dog; a blurry black-and-white photo of my dog.; a drawing of two cats;
 an image with a red circle; art of the dog; itap of a dog; a dog in a video game.; a photo of many dogs;
 there is a dog on the sofa; it's a dog; we see a dog; i see a dog; the dog is asleep; dogs are running;

@@ -1,0 +1,122 @@
+"""Prompts become embeddings once, and the same ones whether cached or not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from tclkit.runtime.bundle import Bundle, open_bundle
+from tclkit.runtime.embedding import EmbeddedPrompts, embed_prompts, ensemble
+from tclkit.runtime.errors import InputError
+from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tclkit.runtime.text_cache import TextCache
+from tclkit.runtime.tokenizer import Tokenizer
+
+Embed = Callable[..., EmbeddedPrompts]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle_folder: Path) -> Bundle:
+    return open_bundle(tiny_bundle_folder)
+
+
+@pytest.fixture
+def embed(bundle: Bundle) -> Embed:
+    backend, tokenizer = OnnxRuntimeBackend(bundle, threads=1), Tokenizer.from_bundle(bundle)
+
+    def embed(prompts: list[str], cache: TextCache | None = None) -> EmbeddedPrompts:
+        return embed_prompts(
+            prompts,
+            templates=bundle.manifest.templates,
+            tokenizer=tokenizer,
+            encode_text=backend.encode_text,
+            text_encoder_hash=bundle.text_encoder_hash,
+            cache=cache,
+        )
+
+    return embed
+
+
+def test_the_mean_is_taken_before_the_length(golden: Path) -> None:
+    with np.load(golden / "text_tiny.npz") as arrays:
+        raw, expected = arrays["text_encoder_raw"], arrays["text_embedding"]
+    raw_NTD = raw.reshape(len(expected), -1, raw.shape[-1])
+    np.testing.assert_allclose(np.stack([ensemble(raw_TD) for raw_TD in raw_NTD]), expected, atol=1e-6)
+
+
+def test_an_embedding_of_zeros_stays_finite() -> None:
+    assert np.isfinite(ensemble(np.zeros((2, 4), np.float32))).all()
+
+
+def test_colours_get_their_vectors(embed: Embed, bundle: Bundle, tiny: ModuleType) -> None:
+    names = list(tiny.PALETTE)
+    done = embed([*names, "zebra"])
+    assert done.prompts.names == (*names, "zebra")
+    assert done.prompts.key == bundle.text_encoder_hash
+    assert done.prompts.embeddings.dtype == np.float32
+    assert done.prompts.embeddings[:-1].argmax(axis=1).tolist() == list(range(len(names)))
+    assert done.prompts.embeddings[-1].argmin() == tiny.WIDTH - 1
+
+
+def test_the_second_time_runs_no_text_encoder(embed: Embed, tmp_path: Path) -> None:
+    first = embed(["red", "a blue circle"], TextCache(tmp_path / "c.sqlite"))
+    second = embed(["a blue circle", "red"], TextCache(tmp_path / "c.sqlite"))
+    assert (first.cache_hits, first.text_encoder_runs) == (0, 1)
+    assert (second.cache_hits, second.text_encoder_runs) == (2, 0)
+    np.testing.assert_array_equal(first.prompts.embeddings, second.prompts.embeddings[::-1])
+
+
+def test_only_what_is_missing_is_embedded(embed: Embed, tmp_path: Path) -> None:
+    cache = TextCache(tmp_path / "c.sqlite")
+    embed(["red", "green"], cache)
+    done = embed(["blue", "red", "white"], cache)
+    assert (done.cache_hits, done.text_encoder_runs) == (1, 1)
+    np.testing.assert_array_equal(done.prompts.embeddings, embed(["blue", "red", "white"]).prompts.embeddings)
+
+
+def test_spelling_does_not_matter_to_the_cache(embed: Embed, tmp_path: Path) -> None:
+    cache = TextCache(tmp_path / "c.sqlite")
+    embed(["a red circle"], cache)
+    done = embed(["A  Red Circle."], cache)
+    assert done.cache_hits == 1
+    assert done.prompts.names == ("A Red Circle.",)
+
+
+def test_many_prompts_are_run_in_pieces(embed: Embed) -> None:
+    names = [f"red {number}" for number in range(100, 160)]
+    done = embed(names)
+    assert done.text_encoder_runs == 3  # 60 prompts x 3 templates, 64 texts a run
+    np.testing.assert_allclose(done.prompts.embeddings[7], embed([names[7]]).prompts.embeddings[0], atol=1e-6)
+
+
+def test_without_a_cache_nothing_is_kept(embed: Embed) -> None:
+    assert [embed(["red"]).cache_hits for _ in range(2)] == [0, 0]
+
+
+def test_a_long_prompt_is_refused_and_named(embed: Embed, tmp_path: Path) -> None:
+    cache = TextCache(tmp_path / "c.sqlite")
+    with pytest.raises(
+        InputError, match=r"'red red .*\.\.\.' \(400 words\) is too long: 40\d tokens.*at most 77"
+    ) as caught:
+        embed(["blue", "red " * 400], cache)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert caught.value.values["expected"] == 77
+    assert cache.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "no prompts"), (["red", " "], "2 is empty"), (["a", "A"], "same")]
+)
+def test_unusable_prompts(embed: Embed, prompts: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        embed(prompts)
+
+
+def test_a_cache_that_cannot_be_used_changes_nothing(embed: Embed, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = TextCache(tmp_path / "file" / "c.sqlite")
+    np.testing.assert_array_equal(embed(["red"], cache).prompts.embeddings, embed(["red"]).prompts.embeddings)
+    assert cache.problem
