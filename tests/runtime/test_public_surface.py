@@ -44,9 +44,9 @@ def test_dir_lists_what_is_public() -> None:
 
 _REPORT = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 {imports}
-print(json.dumps([time.perf_counter() - start, sorted({{name.split(".")[0] for name in sys.modules}})]))
+print(json.dumps([time.process_time() - start, sorted({{name.split(".")[0] for name in sys.modules}})]))
 """
 
 

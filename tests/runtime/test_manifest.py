@@ -1,0 +1,100 @@
+"""bundle.json is read strictly: each wrong, missing or unknown key is one clear error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tclkit.runtime.errors import BundleError
+from tclkit.runtime.manifest import manifest_from_dict
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def raw(tiny_bundle_folder: Path) -> dict[str, Any]:
+    return json.loads((tiny_bundle_folder / "bundle.json").read_text(encoding="utf-8"))
+
+
+def test_a_valid_one(raw: dict[str, Any]) -> None:
+    manifest = manifest_from_dict(raw, where="bundle.json")
+    assert manifest.thresholds.background == 0.5
+    assert manifest.preprocessing.mean == (123.675, 116.28, 103.53)
+    assert manifest.checks == raw["checks"]
+    with pytest.raises(TypeError):
+        manifest.files["x"] = None  # type: ignore[index]
+
+
+def test_precisions_are_those_of_every_size(raw: dict[str, Any]) -> None:
+    raw["images"][0]["files"]["fp16"] = "image.onnx"
+    assert manifest_from_dict(raw, where="").precisions == ("fp32", "fp16")
+    raw["images"].append({"height": 32, "width": 32, "files": {"fp16": "image.onnx"}})
+    assert manifest_from_dict(raw, where="").precisions == ("fp16",)
+
+
+@pytest.mark.parametrize(("version", "remedy"), [(2, "Upgrade tclkit"), (0, "export the bundle again")])
+def test_another_schema(raw: dict[str, Any], version: int, remedy: str) -> None:
+    raw["schema_version"] = version
+    with pytest.raises(BundleError, match=rf"schema_version {version}, this tclkit reads 1\. .*{remedy}"):
+        manifest_from_dict(raw, where="models/x/bundle.json")
+
+
+TOP_KEYS = (
+    "schema_version name description created tclkit_version model images masks text tokenizer preprocessing templates "
+    "kp_w thresholds vocabulary files provenance checks"
+)
+
+
+@pytest.mark.parametrize("key", TOP_KEYS.split())
+def test_a_missing_key(raw: dict[str, Any], key: str) -> None:
+    del raw[key]
+    with pytest.raises(BundleError, match=rf"lacks the key '{key}'"):
+        manifest_from_dict(raw, where="models/x/bundle.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("model", "patch_size"), ("thresholds", "background"), ("preprocessing", "mean")],
+)
+def test_a_missing_key_in_a_section(raw: dict[str, Any], section: str, key: str) -> None:
+    del raw[section][key]
+    with pytest.raises(BundleError, match=rf"lacks the key '{section}\.{key}'"):
+        manifest_from_dict(raw, where="models/x/bundle.json")
+
+
+WRONG: list[tuple[Change, str]] = [
+    (lambda raw: raw.update(name=7), r"'name' should be a text, found 7"),
+    (lambda raw: raw.update(kp_w="0.3"), r"'kp_w' should be a number in \[0, 1\]"),
+    (lambda raw: raw.update(kp_w=1.5), r"'kp_w' should be a number in \[0, 1\]"),
+    (lambda raw: raw.update(kp_w=True), r"'kp_w' should be a number in \[0, 1\]"),
+    (lambda raw: raw.update(templates=[]), "at least one template"),
+    (lambda raw: raw.update(templates=["a photo"]), r"one \"\{\}\" each, found 'a photo'"),
+    (lambda raw: raw.update(templates=["{} and {}"]), r"one \"\{\}\" each"),
+    (lambda raw: raw.update(templates="a {}"), "'templates' should be a list of texts"),
+    (lambda raw: raw["model"].update(patch_size=0), r"'model\.patch_size' should be an integer above 0, found 0"),
+    (lambda raw: raw["model"].update(embed_dim=9.0), r"'model\.embed_dim' should be an integer above 0"),
+    (lambda raw: raw.update(model=[]), "'model' should be an object"),
+    (lambda raw: raw["preprocessing"].update(mean=[1, 2]), "three numbers"),
+    (lambda raw: raw.update(images=[]), "lists no image graph"),
+    (lambda raw: raw["images"][0].update(height=60), "60x64 is no multiple of the patch, 16"),
+    (lambda raw: raw["images"][0].update(files={}), "names no file"),
+    (lambda raw: raw["images"][0]["files"].update(fp31="image.onnx"), r"unknown key 'images\[0\]\.files\.fp31'"),
+    (lambda raw: raw.update(masks="other.onnx"), r"uses 'other\.onnx' but does not list it"),
+    (lambda raw: raw.update(template=["{}"]), "unknown key 'template', the nearest known one is 'templates'"),
+    (lambda raw: raw["model"].update(patchsize=16), r"unknown key 'model\.patchsize'.* 'patch_size'"),
+    (lambda raw: raw["files"]["text.onnx"].update(sha256="ab"), "64 lower-case hexadecimal digits"),
+    (lambda raw: raw["files"]["text.onnx"].update(size_bytes=-1), "0 or more"),
+    (lambda raw: raw.update(vocabulary={"note": "n"}), r"lacks the key 'vocabulary\.words'"),
+    (lambda raw: raw.update(vocabulary=["red"]), "'vocabulary' should be an object"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_value(raw: dict[str, Any], change: Change, message: str) -> None:
+    change(raw)
+    with pytest.raises(BundleError, match=message) as caught:
+        manifest_from_dict(raw, where="models/x/bundle.json")
+    assert "models/x/bundle.json" in str(caught.value)
+    assert "again" in str(caught.value)
