@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ._console import plain, printer, table
+from ._console import printer, table
 
 if TYPE_CHECKING:
     from tclkit.runtime import Segmentation
@@ -11,12 +11,20 @@ _SMALLEST_SHARE = 0.0005  # reads as 0.1 %
 
 
 def print_findings(result: "Segmentation") -> None:
-    """Print the table of one image: each prompt with its share of the image and its number of regions."""
-    counts = region_counts(result)
+    """Print the table of one image: each prompt with its share of the image and its number of regions.
+
+    At a terminal, each prompt shows the colour that it has in the overlay.
+    """
+    from rich.text import Text
+
+    from tclkit.runtime.palette import label_colours
+
+    console, counts = printer(), region_counts(result)
     rows = table("prompt", "area", "regions", right=("area", "regions"))
-    for name, share in result.areas.items():
-        rows.add_row(plain(name), share_text(share), str(counts.get(name, 0)))
-    printer().print(rows)
+    for (name, share), (red, green, blue) in zip(result.areas.items(), label_colours(len(result.areas)), strict=True):
+        swatch = ("■ ", f"rgb({red},{green},{blue})") if console.is_terminal else ""
+        rows.add_row(Text.assemble(swatch, name), share_text(share), str(counts.get(name, 0)))
+    console.print(rows)
 
 
 def findings_line(result: "Segmentation") -> str:

@@ -1,0 +1,71 @@
+"""What all commands share: their options are frozen, and the script behaves as scripts do."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from tclkit.cli.main import app
+
+OPTIONS = {
+    "tclkit": "--version --debug",
+    "demo": "--output -o --debug",
+    "segment": "image prompts --bank --model -m --backend --output -o --json --threshold --background --no-background "
+    "--pamr --kp --fit --debug",
+    "pull": "name --checkpoint --clip --url --output -o --debug",
+    "export": "checkpoint --output -o --size --clip --debug",
+    "train": "config --output -o --set --resume --debug",
+    "embed": "prompts --output -o --from --model -m --debug",
+    "info": "--json --debug",
+}
+
+
+def spellings(command: Any) -> Iterator[str]:
+    for parameter in command.params:
+        yield from (*parameter.opts, *parameter.secondary_opts)
+
+
+def test_arguments_and_options_are_frozen() -> None:
+    """They are an interface: adding to this list is a decision, removing from it breaks scripts."""
+    group: Any = typer.main.get_command(app)
+    found = {"tclkit": group, **group.commands}
+    assert {name: " ".join(spellings(command)) for name, command in found.items()} == OPTIONS
+
+
+def test_every_option_is_explained() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in {"tclkit": group, **group.commands}.items():
+        assert command.help, name
+        assert [parameter.name for parameter in command.params if not parameter.help] == [], name
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [(["--help"], 0), (["-h"], 0), (["--version"], 0), (["sgement"], 2), (["segment"], 2), (["segment", "a.png"], 2)],
+    ids=str,
+)
+def test_exit_codes_of_the_script(run_process: Run, arguments: list[str], exit_code: int) -> None:
+    assert run_process(*arguments).returncode == exit_code
+
+
+def test_a_missing_image_is_one_line(run_process: Run) -> None:
+    result = run_process("segment", "łódź.png", "🐶")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: łódź.png: no such file or folder\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_disk_behind_the_output_is_an_error() -> None:
+    """/dev/full takes nothing, as a full disk does."""
+    command = [sys.executable, "-c", "from tclkit.cli import run; run()", "info", "--json"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: No space left on device\n"

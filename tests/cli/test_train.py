@@ -1,0 +1,73 @@
+"""`tclkit train`: the configuration reaches the trainer, progress is told, and an interrupted run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Invoke = Callable[..., Result]
+
+TINY = """
+    world.size=32 clip.image_size=32 clip.embed_dim=16 clip.vision_width=32 clip.vision_layers=2
+    clip.vision_head_width=16 clip.text_width=16 clip.text_heads=1 clip.text_layers=1
+    clip_training.steps=2 clip_training.batch_size=4 clip_training.warmup_steps=1
+    grounder_training.steps=2 grounder_training.batch_size=4 grounder_training.warmup_steps=1
+    grounder.decoder_only_steps=1 evaluation.scenes=4 evaluation.batch_size=4
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return ["train", "tcl-shapes", *(part for override in TINY.split() for part in ("--set", override))]
+
+
+def test_training_ends_with_scores_and_the_next_command(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "training tcl-shapes in runs/tcl-shapes; an interrupted run goes on with the same command" in result.stderr
+    for line in ("clip 2/2  ", "grounder 2/2  ", "evaluation 4/4\n"):
+        assert line in result.stderr
+    assert "mIoU" in result.stdout
+    assert "MaskCLIP" in result.stdout
+    assert "next: tclkit export runs/tcl-shapes/tcl.pt -o tcl-shapes" in result.stderr
+    assert Path("runs/tcl-shapes/tcl.pt").is_file()
+    again = invoke(*arguments)
+    assert again.exit_code == 0
+    assert "clip 2/2" not in again.stderr  # nothing was left to do
+    assert again.stdout == result.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "clip.layers=2"], "layers"),
+        (["--set", "clip_training.steps=many"], "steps"),
+        (["--set", "nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_override_is_one_line(invoke: Invoke, arguments: list[str], more: list[str], message: str) -> None:
+    result = invoke(*arguments, *more)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_an_unknown_configuration_is_one_line(invoke: Invoke) -> None:
+    result = invoke("train", "tcl-circles")
+    assert result.exit_code == 1
+    assert "tcl-circles" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_run_of_another_configuration_is_not_mixed_in(invoke: Invoke, arguments: list[str]) -> None:
+    assert invoke(*arguments, "-o", "run").exit_code == 0
+    result = invoke(*arguments, "--set", "seed=1", "-o", "run")
+    assert result.exit_code == 1
+    assert "--resume never" in result.stderr
+    assert invoke(*arguments, "--set", "seed=1", "-o", "run", "--resume", "never").exit_code == 0
+    assert json.loads(Path("run/config.json").read_text())["seed"] == 1
