@@ -195,7 +195,7 @@ def _config_from_towers(clip: Any) -> ClipConfig:
         text_layers=len(clip.transformer.resblocks),
         quick_gelu=isinstance(block.mlp.gelu, QuickGELU),
         vision_mlp_ratio=block.mlp.c_fc.out_features / visual.conv1.out_channels,
-        vision_layer_scale=None if scale is None else float(scale[0]),
+        vision_layer_scale=None if scale is None else scale[0].item(),
     )
 
 

@@ -326,9 +326,11 @@ def _refine_at_mask_size(images_BCHW: Tensor, masks_BNhw: Tensor) -> Tensor:
 
 
 def _require_shape(what: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    fits = x.ndim == len(shape) and all(want in (None, have) for have, want in zip(x.shape, shape, strict=True))
+    fits = x.ndim == len(shape) and all(
+        have == want or (want is None and have > 0) for have, want in zip(x.shape, shape, strict=True)
+    )
     if not fits:
-        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        wanted = ", ".join("≥1" if side is None else str(side) for side in shape)
         raise InputError(f"{what} must have shape ({wanted}), not {tuple(x.shape)}.")
 
 
