@@ -152,7 +152,8 @@ class _Transfer:
             )
         except urllib.error.HTTPError as error:
             with error:
-                return self._refused(error, offset)
+                self._raise_unless_whole(error, offset)
+                return None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
@@ -164,8 +165,8 @@ class _Transfer:
             raise _InterruptedError(f"no connection ({reason})") from error
         return response
 
-    def _refused(self, error: urllib.error.HTTPError, offset: int) -> None:
-        """Sort an error answer; return only when it means that nothing is missing."""
+    def _raise_unless_whole(self, error: urllib.error.HTTPError, offset: int) -> None:
+        """Sort an error answer; it may also mean that nothing is missing."""
         if error.code == 416 and offset:
             if error.headers.get("Content-Range", "") == f"bytes */{offset}":
                 return

@@ -1,0 +1,196 @@
+"""The modules of wrapper.py as ONNX files that ONNX Runtime, OpenVINO and TensorRT from 10.0 on all read.
+
+Opset 20, because it is the last that the oldest TensorRT we target reads, and the first with a Gelu operator; LayerNorm
+stays one operator, since its pieces overflow in half precision. Attention is MatMul, Softmax, MatMul.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.export import Dim
+
+from tclkit.runtime.errors import ExportError
+from tclkit.runtime.files import atomic_file
+
+from .wrapper import ImageGraph, MasksGraph, TextGraph
+
+OPSET = 20
+_IR_VERSION = 9  # what belongs to opset 20; exporters write a later one, which older runtimes refuse
+_LARGEST_FILE_BYTES = 2**31 - 1  # a protobuf message; beyond it weights would need files of their own
+_HALVED_FROM_SIZE = 1024  # elements; smaller tensors gain nothing
+
+# fmt: off
+OPERATORS = frozenset([
+    "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "Div", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
+    "LayerNormalization", "MatMul", "Max", "Mul", "ReduceL2", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
+    "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+])
+# fmt: on
+"""Operators that a bundle's graphs may hold: each is in the tables of every TensorRT from 10.0 on."""
+
+
+def write_image_graph(graph: ImageGraph, path: Path, *, half_weights: bool = False) -> None:
+    """Write `image` uint8 [batch, H, W, 3] -> `grounded` [batch, D, s·h, s·w] (and `kp` [batch, D, h, w]).
+
+    Raises:
+        ExportError: see `write_graph`.
+    """
+    outputs = ["grounded", "kp"] if graph.kp is not None else ["grounded"]
+    example = torch.zeros(2, *graph.size, 3, dtype=torch.uint8)
+    dynamic = ({0: Dim("batch")},)
+    write_graph(graph, path, {"image": example}, outputs, dynamic, half_weights=half_weights)
+
+
+def write_masks_graph(graph: MasksGraph, embed_dim: int, path: Path) -> None:
+    """Write `grounded`, `text` [prompts, D] (and `kp`, `kp_w`) -> `masks` [batch, prompts, s·h, s·w].
+
+    Raises:
+        ExportError: see `write_graph`.
+    """
+    batch, prompts, h, w, scale = Dim("batch"), Dim("prompts"), Dim("h"), Dim("w"), graph.mask_scale
+    inputs = {"grounded": torch.zeros(2, embed_dim, scale * 3, scale * 5), "text": torch.zeros(4, embed_dim)}
+    dynamic: list[dict[int, Any]] = [{0: batch, 2: scale * h, 3: scale * w}, {0: prompts}]
+    if graph.with_kp:
+        inputs |= {"kp": torch.zeros(2, embed_dim, 3, 5), "kp_w": torch.tensor(0.3)}
+        dynamic += [{0: batch, 2: h, 3: w}, {}]
+    write_graph(graph, path, inputs, ["masks"], dynamic)
+
+
+def write_text_graph(graph: TextGraph, path: Path, *, half_weights: bool = False) -> None:
+    """Write `token_ids` int64 [texts, tokens] -> `embeddings` [texts, D].
+
+    Raises:
+        ExportError: see `write_graph`.
+    """
+    dynamic = ({0: Dim("texts"), 1: Dim("tokens", max=len(graph.positions))},)
+    example = torch.zeros(2, min(3, len(graph.positions)), dtype=torch.int64)
+    write_graph(graph, path, {"token_ids": example}, ["embeddings"], dynamic, half_weights=half_weights)
+
+
+def write_graph(
+    module: nn.Module,
+    path: Path,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic_shapes: Sequence[Mapping[int, Any]],
+    *,
+    half_weights: bool = False,
+) -> None:
+    """Export one module to one self-contained ONNX file and check it; the same module gives the same bytes.
+
+    Args:
+        module: in eval mode.
+        path: the file, never half written.
+        inputs: name -> example, in the order of the module's arguments.
+        outputs: names.
+        dynamic_shapes: for each input, axis -> torch.export.Dim.
+        half_weights: store large weights as float16, each followed by a Cast to float32.
+
+    Raises:
+        ExportError: torch could not export it, or wrote what the runtimes we target do not read.
+    """
+    model = _exported(module, inputs, outputs, dynamic_shapes)
+    _strip(model)
+    if half_weights:
+        _halve_weights(model)
+    size = model.ByteSize()
+    if size > _LARGEST_FILE_BYTES:
+        raise ExportError(
+            f"{path.name} would have {size / 1e9:.1f} GB, more than one ONNX file holds (2.1 GB). "
+            "Export a smaller model, or with half_weights (--half-weights)",
+            size_bytes=size,
+        )
+    check_graph(model, where=path.name)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def check_graph(model: onnx.ModelProto, *, where: str) -> None:
+    """Refuse a graph that some runtime we target would not read.
+
+    Raises:
+        ExportError: wrong by ONNX's own checker with strict shape inference, another opset, operators of other domains
+            or outside `OPERATORS`, or weights in other files.
+    """
+    domains = {entry.domain: entry.version for entry in model.opset_import}
+    foreign = sorted(
+        {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    )
+    operators = {node.op_type for node in model.graph.node}
+    if domains != {"": OPSET} or foreign or model.functions:
+        raise _unreadable(where, f"opsets {domains} and {foreign or 'no'} operators of other domains, expected {OPSET}")
+    if unknown := sorted(operators - OPERATORS):
+        raise _unreadable(where, f"the operators {', '.join(unknown)}, which not every TensorRT from 10.0 on reads")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise _unreadable(where, "weights in other files")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # ValidationError or InferenceError; they share no base but this
+        raise _unreadable(where, f"a fault: {error}") from error
+
+
+def _exported(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Sequence[Mapping[int, Any]]
+) -> onnx.ModelProto:
+    with warnings.catch_warnings():
+        # torch 2.15: axes that must be equal get one name, and it warns that the second is not used.
+        warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
+        try:
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=tuple(dynamic_shapes),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"torch {torch.__version__} could not export the graph: {error}. {_REMEDY}") from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+_REMEDY = 'Install the versions that tclkit was tested with: pip install -U "tclkit[export]"'
+
+
+def _unreadable(where: str, what: str) -> ExportError:
+    return ExportError(f"torch {torch.__version__} wrote {where} with {what}. {_REMEDY}", file=where)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what no runtime reads: stack traces with paths of this machine, and intermediate shapes."""
+    model.ir_version = min(model.ir_version, _IR_VERSION)
+    model.ClearField("metadata_props")
+    model.doc_string = ""
+    graph = model.graph
+    for message in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        message.doc_string = ""
+        message.ClearField("metadata_props")
+    graph.ClearField("value_info")
+
+
+def _halve_weights(model: onnx.ModelProto) -> None:
+    """Store large float32 weights as float16 with a Cast behind each, which runtimes fold when they load the graph."""
+    graph, casts = model.graph, []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < _HALVED_FROM_SIZE:
+            continue
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}.float", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
