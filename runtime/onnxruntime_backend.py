@@ -100,7 +100,7 @@ class OnnxRuntimeBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only: warnings about devices are of no use here
+        options.log_severity_level = 4  # what fails is raised, and told once
         path = self._bundle.path(file)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -15,15 +15,22 @@ _KEYS = ("format", "names", "embeddings", "text_encoder_hash")
 
 
 def save_prompt_bank(path: str | Path, prompts: PromptSet) -> None:
-    """Write prompts and their embeddings to a .npz file (no pickle), whole or not at all."""
-    with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            format=np.array(_FORMAT),
-            names=np.array(prompts.names),
-            embeddings=prompts.embeddings,
-            text_encoder_hash=np.array(prompts.key),
-        )
+    """Write prompts and their embeddings to a .npz file (no pickle), whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    arrays = {
+        "format": np.array(_FORMAT),
+        "names": np.array(prompts.names),
+        "embeddings": prompts.embeddings,
+        "text_encoder_hash": np.array(prompts.key),
+    }
+    try:
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+    except OSError as error:
+        raise InputError(f"the prompt bank {path} cannot be written: {error.strerror or error}") from error
 
 
 def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) -> PromptSet:

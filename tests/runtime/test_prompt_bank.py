@@ -44,6 +44,12 @@ def test_a_single_prompt_and_any_file_name(prompts: PromptSet, tmp_path: Path) -
     assert load_prompt_bank(tmp_path / "sub" / "bank").names == ("x",)
 
 
+def test_a_place_that_cannot_be_written(prompts: PromptSet, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"bank\.npz cannot be written: "):
+        save_prompt_bank(tmp_path / "file" / "bank.npz", prompts)
+
+
 def test_another_text_encoder(path: Path) -> None:
     with pytest.raises(InputError, match=r"another text encoder \(abababababab\).*\(cdcdcdcdcdcd\).*tclkit embed"):
         load_prompt_bank(path, text_encoder_hash="cd" * 32)
