@@ -20,15 +20,15 @@ def save_prompt_bank(path: str | Path, prompts: PromptSet) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    arrays = {
-        "format": np.array(_FORMAT),
-        "names": np.array(prompts.names),
-        "embeddings": prompts.embeddings,
-        "text_encoder_hash": np.array(prompts.key),
-    }
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(
+                stream,
+                format=np.array(_FORMAT),
+                names=np.array(prompts.names),
+                embeddings=prompts.embeddings,
+                text_encoder_hash=np.array(prompts.key),
+            )
     except OSError as error:
         raise InputError(f"the prompt bank {path} cannot be written: {error.strerror or error}") from error
 
