@@ -346,4 +346,4 @@ def _normalize(x: Tensor) -> Tensor:
 def _cosine(features_BDhw: Tensor, text_ND: Tensor) -> Tensor:
     """(B, N, h, w) from vectors of length 1."""
     B, _, h, w = features_BDhw.shape
-    return (text_ND @ features_BDhw.flatten(2)).reshape(B, len(text_ND), h, w)
+    return (text_ND @ features_BDhw.flatten(2)).reshape(B, text_ND.shape[0], h, w)  # len() would fix N
