@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from .images import load_image
     from .manifest import FileRecord, ImageEntry, Manifest, ModelInfo, Preprocessing, Thresholds, Vocabulary
     from .onnxruntime_backend import OnnxRuntimeBackend
+    from .palette import label_colours
     from .pamr import refine_masks
     from .preprocess import FitPlan, plan_fit, rescaled_size, resize_image
     from .prompt_bank import load_prompt_bank, save_prompt_bank
     from .prompts import PROTOCOL_TEMPLATES, PromptSet, check_prompts, expand_prompt, unknown_words
-    from .regions import Region
+    from .regions import Region, regions_from_label_map
     from .result import Segmentation
-    from .segmenter import Segmenter
+    from .segmenter import ImageFeatures, Segmenter, Stats
     from .text_cache import TextCache
     from .tokenizer import Tokenizer, clean_text
     from .upsample import resize_masks
@@ -58,6 +59,7 @@ __all__ = [
     "FileRecord",
     "FitPlan",
     "ImageEntry",
+    "ImageFeatures",
     "InputError",
     "Manifest",
     "ModelInfo",
@@ -68,6 +70,7 @@ __all__ = [
     "Region",
     "Segmentation",
     "Segmenter",
+    "Stats",
     "TclkitError",
     "TextCache",
     "Thresholds",
@@ -84,6 +87,7 @@ __all__ = [
     "embed_prompts",
     "expand_prompt",
     "find_bundle",
+    "label_colours",
     "list_bundles",
     "load_image",
     "load_prompt_bank",
@@ -91,6 +95,7 @@ __all__ = [
     "plan_fit",
     "read_manifest",
     "refine_masks",
+    "regions_from_label_map",
     "rescaled_size",
     "resize_image",
     "resize_masks",
@@ -146,6 +151,7 @@ _HOMES = {
         "Vocabulary",
     ),
     "onnxruntime_backend": ("OnnxRuntimeBackend",),
+    "palette": ("label_colours",),
     "pamr": ("refine_masks",),
     "preprocess": (
         "FitPlan",
@@ -164,9 +170,16 @@ _HOMES = {
         "expand_prompt",
         "unknown_words",
     ),
-    "regions": ("Region",),
+    "regions": (
+        "Region",
+        "regions_from_label_map",
+    ),
     "result": ("Segmentation",),
-    "segmenter": ("Segmenter",),
+    "segmenter": (
+        "ImageFeatures",
+        "Segmenter",
+        "Stats",
+    ),
     "text_cache": ("TextCache",),
     "tokenizer": (
         "Tokenizer",
