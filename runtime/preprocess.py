@@ -168,6 +168,12 @@ class FitPlan:
         return slice(top, top + window.height), slice(left, left + window.width)
 
 
+def check_fit(fit: str) -> None:
+    """Refuse what is not one of `FITS` with an InputError."""
+    if fit not in FITS:
+        raise InputError(f"unknown fit {fit!r}: it is one of {', '.join(FITS)}", fit=fit)
+
+
 def plan_fit(
     source_size: tuple[int, int], graph_sizes: Sequence[tuple[int, int]], fit: str = "whole", *, patch_size: int = 16
 ) -> FitPlan:
@@ -184,8 +190,7 @@ def plan_fit(
     Raises:
         InputError: unknown fit, or an aspect ratio so extreme that less than one patch of the short side would remain.
     """
-    if fit not in FITS:
-        raise InputError(f"unknown fit {fit!r}: it is one of {', '.join(FITS)}", fit=fit)
+    check_fit(fit)
     target_aspect = 1.0 if fit == "slide" else source_size[1] / source_size[0]
     graph_size = min(graph_sizes, key=lambda size: abs(math.log(size[1] / size[0] / target_aspect)))
     if fit == "stretch":

@@ -1,0 +1,229 @@
+"""What a segmentation returns: which pixel is which prompt, how sure, how large; as arrays, a picture, or JSON."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .files import atomic_file
+from .labels import Labels, labels_from_masks
+from .upsample import resized_strips
+
+if TYPE_CHECKING:
+    from .regions import Region
+
+_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+_SMALLEST_REGION = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segmentation:
+    """One segmented image.
+
+    Attributes:
+        image_hwc: (H, W, 3) uint8, the image itself, not a copy.
+        names: the N prompts.
+        label_map: (H, W) int16; -1 is background, i the i-th prompt.
+        areas: prompt -> fraction of the image, in [0, 1].
+        scores: prompt -> mean of its soft mask over its own pixels, 0 where it has none.
+        peaks: prompt -> highest value of its soft mask anywhere: how near a prompt that was not found came.
+        fitted_masks: (N, h, w) float32 soft masks at the size the model saw the image.
+        threshold: value of the background; None when there was none.
+        settings: how it was made: fit, kp_w, pamr and so on.
+        model: name of the bundle.
+        backend: name of what ran it.
+        timings_ms: stage -> milliseconds.
+        counters: the Segmenter's counters after this image.
+    """
+
+    image_hwc: NDArray[np.uint8]
+    names: tuple[str, ...]
+    label_map: NDArray[np.int16]
+    areas: Mapping[str, float]
+    scores: Mapping[str, float]
+    peaks: Mapping[str, float]
+    fitted_masks: NDArray[np.float32]
+    threshold: float | None
+    settings: Mapping[str, object]
+    model: str
+    backend: str
+    timings_ms: Mapping[str, float]
+    counters: Mapping[str, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image in pixels."""
+        return int(self.label_map.shape[0]), int(self.label_map.shape[1])
+
+    @functools.cached_property
+    def soft_masks(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 soft masks in [0, 1] at image size; made when first asked for, then kept."""
+        masks = np.empty((len(self.names), *self.size), np.float32)
+        for rows, strip in resized_strips(self.fitted_masks, self.size):
+            masks[:, rows] = strip
+        return masks
+
+    def soft_mask(self, name: str) -> NDArray[np.float32]:
+        """(H, W) float32 soft mask of one prompt at image size.
+
+        Raises:
+            InputError: no such prompt.
+        """
+        index = self._index(name)
+        strips = resized_strips(self.fitted_masks[index : index + 1], self.size)
+        return np.concatenate([strip[0] for _, strip in strips])
+
+    def mask(self, name: str) -> NDArray[np.bool_]:
+        """(H, W) bool, the pixels labelled with one prompt.
+
+        Raises:
+            InputError: no such prompt.
+        """
+        return np.asarray(self.label_map == self._index(name))
+
+    def regions(self, *, min_area_fraction: float = _SMALLEST_REGION, simplify_px: float = 0.0) -> "list[Region]":
+        """Connected regions of all prompts as boxes and polygons, the largest of each prompt first.
+
+        Args:
+            min_area_fraction: regions smaller than this share of the image are left out; 0 keeps all.
+            simplify_px: pixels by which polygons may deviate; 0 is exact.
+        """
+        from .regions import regions_from_label_map
+
+        min_area_px = round(min_area_fraction * self.label_map.size)
+        return regions_from_label_map(self.label_map, self.names, min_area_px=min_area_px, simplify_px=simplify_px)
+
+    def overlay(
+        self, *, opacity: float = 0.6, legend: bool = True, font: str | Path | None = None
+    ) -> NDArray[np.uint8]:
+        """Draw the image with coloured pixels and a legend: (H', W', 3) uint8; see `draw_overlay`."""
+        from .drawing import draw_overlay
+
+        return draw_overlay(self.image_hwc, self.label_map, self.names, opacity=opacity, legend=legend, font=font)
+
+    def save_overlay(
+        self, path: str | Path, *, opacity: float = 0.6, legend: bool = True, font: str | Path | None = None
+    ) -> Path:
+        """Write the overlay to a PNG, JPEG, WebP, BMP or TIFF file, whole or not at all; returns its path.
+
+        Raises:
+            InputError: the suffix names none of these, or the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in _FORMATS:
+            raise InputError(f"{path} should end in one of {', '.join(_FORMATS)}", path=str(path))
+        overlay = self.overlay(opacity=opacity, legend=legend, font=font)
+        _write_image(overlay, path, _FORMATS[path.suffix.lower()])
+        return path
+
+    def to_dict(
+        self, *, min_area_fraction: float = _SMALLEST_REGION, simplify_px: float = 1.0, polygons: bool = True
+    ) -> dict[str, Any]:
+        """Everything but pixels, ready for JSON.
+
+        Args:
+            min_area_fraction: as `regions`.
+            simplify_px: as `regions`; by default polygons deviate by a pixel, which saves most of their points.
+            polygons: False leaves boxes only.
+        """
+        regions = self.regions(min_area_fraction=min_area_fraction, simplify_px=simplify_px)
+        height, width = self.size
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "image": {"height": height, "width": width},
+            "settings": {"threshold": self.threshold, **self.settings},
+            "prompts": [
+                {
+                    "name": name,
+                    "area_fraction": self.areas[name],
+                    "score": self.scores[name],
+                    "peak": self.peaks[name],
+                    "regions": [_region_dict(region, polygons) for region in regions if region.index == index],
+                }
+                for index, name in enumerate(self.names)
+            ],
+            "background_fraction": max(0.0, 1.0 - sum(self.areas.values())),
+            "timings_ms": {stage: round(value, 3) for stage, value in self.timings_ms.items()},
+            "counters": dict(self.counters),
+        }
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise InputError(f"{name!r} is none of the prompts: {', '.join(self.names)}", name=name)
+        return self.names.index(name)
+
+
+def segmentation_from_masks(
+    image_hwc: NDArray[np.uint8],
+    names: Sequence[str],
+    fitted_masks: NDArray[np.float32],
+    threshold: float | None,
+    *,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    model: str = "",
+    backend: str = "",
+    timings_ms: Mapping[str, float] = MappingProxyType({}),
+    counters: Mapping[str, int] = MappingProxyType({}),
+    labels: Labels | None = None,
+) -> Segmentation:
+    """Label an image from its soft masks; see `Segmentation` for the arguments.
+
+    Args:
+        labels: of these masks at this size and threshold, where they were made already.
+    """
+    size = (image_hwc.shape[0], image_hwc.shape[1])
+    labels = labels or labels_from_masks(fitted_masks, size, threshold)
+    peaks = fitted_masks.max(axis=(1, 2))
+    return Segmentation(
+        image_hwc=image_hwc,
+        names=tuple(names),
+        label_map=labels.label_map,
+        areas=_by_name(names, labels.pixels / labels.label_map.size),
+        scores=_by_name(names, labels.scores),
+        peaks=_by_name(names, peaks),
+        fitted_masks=fitted_masks,
+        threshold=threshold,
+        settings=settings,
+        model=model,
+        backend=backend,
+        timings_ms=timings_ms,
+        counters=counters,
+    )
+
+
+def _by_name(names: Sequence[str], values: NDArray[Any]) -> Mapping[str, float]:
+    return MappingProxyType({name: float(value) for name, value in zip(names, values, strict=True)})
+
+
+def _region_dict(region: "Region", polygons: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {"area_px": region.area_px, "box": list(region.box)}
+    if polygons:
+        described |= {"polygon": region.outer.tolist(), "holes": [hole.tolist() for hole in region.holes]}
+    return described
+
+
+def _write_image(image_hwc: NDArray[np.uint8], path: Path, image_format: str) -> None:
+    from PIL import Image
+
+    try:
+        with atomic_file(path) as temporary:
+            Image.fromarray(image_hwc).save(temporary, image_format, quality=92)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}", path=str(path)) from error
+    except ValueError as error:  # WebP and JPEG have a largest size
+        raise InputError(f"{path} cannot be written as {image_format}: {error}; use .png", path=str(path)) from error

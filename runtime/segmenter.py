@@ -1,0 +1,496 @@
+"""The Segmenter: a bundle and a backend, from an image and words to the pixels that the words name."""
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Backend, Features, choose_backend
+from .bundle import Bundle, open_bundle
+from .errors import BackendError, InputError, TclkitError
+from .labels import labels_from_masks
+from .pamr import refine_masks, resize_with_corners
+from .prefetch import prefetched
+from .preprocess import FitPlan, check_fit, check_image, plan_fit
+from .prompts import PromptSet, unknown_words
+from .result import Segmentation, segmentation_from_masks
+from .upsample import resize_masks
+
+if TYPE_CHECKING:
+    from .text_cache import TextCache
+    from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompts = PromptSet | Sequence[str]
+_REMEMBERED_PROMPT_SETS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageFeatures:
+    """An image as the model sees it, to be asked with any prompts.
+
+    Attributes:
+        image_hwc: (H, W, 3) uint8, the image itself.
+        plan: how it was brought to the model's input.
+        inputs: (h, w, 3) uint8, what went in, one a window.
+        features: of each window.
+        timings_ms: what making them took.
+    """
+
+    image_hwc: NDArray[np.uint8]
+    plan: FitPlan
+    inputs: tuple[NDArray[np.uint8], ...]
+    features: tuple[Features, ...]
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """What a Segmenter has done so far.
+
+    Attributes:
+        images: segmented, or turned into features.
+        windows: runs of the image graph.
+        text_encoder_runs: runs of the text graph.
+        text_cache_hits: prompts whose embedding came from the disk cache.
+        timings_ms: stage -> milliseconds, all images together.
+    """
+
+    images: int
+    windows: int
+    text_encoder_runs: int
+    text_cache_hits: int
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """How masks become labels; resolved against the bundle and checked."""
+
+    threshold: float | None
+    kp_w: float
+    pamr: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Prepared:
+    """An image brought to the model's input."""
+
+    image_hwc: NDArray[np.uint8]
+    plan: FitPlan
+    inputs: tuple[NDArray[np.uint8], ...]
+    preprocess_ms: float
+
+
+class Segmenter:
+    """Finds the pixels that words name.
+
+        segmenter = Segmenter.open("tcl-shapes")
+        prompts = segmenter.prompts(["a red circle", "a green star"])
+        result = segmenter(image_hwc, prompts)
+        result.save_overlay("overlay.png")
+
+    A Segmenter belongs to the thread that first uses it; other threads open their own.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, cache: "TextCache | None" = None) -> None:
+        """Join an opened bundle and the backend that runs it; most callers use `Segmenter.open`.
+
+        Args:
+            bundle: the model.
+            backend: opened on the same bundle.
+            cache: of text embeddings; None embeds every prompt anew.
+        """
+        self.bundle = bundle
+        self.backend = backend
+        self.cache = cache
+        self._tokenizer: Tokenizer | None = None
+        self._remembered: collections.OrderedDict[tuple[str, ...], PromptSet] = collections.OrderedDict()
+        self._warned_words: set[str] = set()
+        self._owner: threading.Thread | None = None
+        self._counters = {"images": 0, "windows": 0, "text_encoder_runs": 0, "text_cache_hits": 0}
+        self._total_ms: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self._pad_rgb = _bytes_from_mean(bundle.manifest.preprocessing.mean)
+        self._graph_sizes = [(entry.height, entry.width) for entry in bundle.manifest.images]
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path = "tcl-shapes",
+        *,
+        backend: str = "auto",
+        cache: bool | str | Path = True,
+        precision: str = "fp32",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> "Segmenter":
+        """Open a model.
+
+        Args:
+            model: name of an installed bundle, or its folder.
+            backend: "auto", or a backend's name.
+            cache: keep text embeddings on disk; a path keeps them in that file.
+            precision: of the image graph: "fp32", or another that the bundle holds.
+            threads: CPU threads; None takes every CPU this process may use.
+            verify: compare the bundle's files with their hashes first.
+
+        Raises:
+            BundleError: unknown name, incomplete or damaged.
+            BackendError: the backend is not installed or cannot run this bundle.
+        """
+        bundle = open_bundle(model, verify=verify)
+        opened = choose_backend(backend, bundle, precision=precision, threads=threads)
+        return cls(bundle, opened, cache=_text_cache(cache))
+
+    @property
+    def model(self) -> str:
+        """Name of the bundle."""
+        return self.bundle.name
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far: counters and milliseconds per stage."""
+        return Stats(**self._counters, timings_ms=dict(self._total_ms))
+
+    def prompts(self, prompts: Sequence[str]) -> PromptSet:
+        """Embed prompts: once per Segmenter in memory, once per machine in the disk cache.
+
+        Words that the model's vocabulary lacks, where it has one, are announced as a warning.
+
+        Raises:
+            InputError: no prompts, an empty, a repeated or a too long one.
+        """
+        self._check_thread()
+        from .embedding import embed_prompts
+
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"prompts should be a list of texts, found {type(prompts).__name__}")
+        key = tuple(prompts) if isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts) else None
+        if key is not None and key in self._remembered:
+            self._remembered.move_to_end(key)
+            return self._remembered[key]
+        with self._timed("prompts", {}):
+            embedded = embed_prompts(
+                prompts,
+                templates=self.bundle.manifest.templates,
+                tokenizer=self._opened_tokenizer(),
+                encode_text=self.backend.encode_text,
+                text_encoder_hash=self.bundle.text_encoder_hash,
+                cache=self.cache,
+            )
+        self._counters["text_encoder_runs"] += embedded.text_encoder_runs
+        self._counters["text_cache_hits"] += embedded.cache_hits
+        self._warn_of_unknown_words(embedded.prompts.names)
+        if key is not None:
+            self._remember(key, embedded.prompts)
+        return embedded.prompts
+
+    def __call__(
+        self,
+        image_hwc: NDArray[np.uint8],
+        prompts: Prompts,
+        *,
+        threshold: float | None = None,
+        background: bool = True,
+        kp_w: float | None = None,
+        pamr: bool = False,
+        fit: str = "whole",
+    ) -> Segmentation:
+        """Segment one image.
+
+        Args:
+            image_hwc: (H, W, 3) uint8 RGB.
+            prompts: from `prompts`, or texts.
+            threshold: soft masks must exceed it, in [0, 1]; None takes the bundle's, which is lower with `pamr`.
+            background: False gives every pixel to some prompt.
+            kp_w: share of CLIP's own dense features in [0, 1]; None takes the bundle's.
+            pamr: refine masks along the edges of the image; slower.
+            fit: "whole" pads, "stretch" distorts, "slide" covers the image with windows as the published protocol.
+
+        Raises:
+            InputError: not an image, or a bad prompt or option.
+            BackendError: the model could not be run.
+        """
+        options = self._options(threshold, background, kp_w, pamr)
+        prompt_set = self._prompt_set(prompts)
+        return self._segment(self._prepare(image_hwc, fit), prompt_set, options)
+
+    def features(self, image_hwc: NDArray[np.uint8], *, fit: str = "whole") -> ImageFeatures:
+        """Run the image graph alone; ask the result with `segment` or `masks`, for the price of the head.
+
+        Raises:
+            InputError: not an image, or a bad fit.
+            BackendError: the model could not be run.
+        """
+        self._check_thread()
+        prepared = self._prepare(image_hwc, fit)
+        timings = {"preprocess": prepared.preprocess_ms}
+        features = tuple(self._window_features(prepared, timings))
+        self._counters["images"] += 1
+        return ImageFeatures(
+            image_hwc=prepared.image_hwc,
+            plan=prepared.plan,
+            inputs=prepared.inputs,
+            features=features,
+            timings_ms=timings,
+        )
+
+    def segment(
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        *,
+        threshold: float | None = None,
+        background: bool = True,
+        kp_w: float | None = None,
+        pamr: bool = False,
+    ) -> Segmentation:
+        """Segment an image whose features are there; arguments and errors as in a call."""
+        options = self._options(threshold, background, kp_w, pamr)
+        prompt_set = self._prompt_set(prompts)
+        timings = dict(features.timings_ms)
+        fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, timings)
+        return self._labelled(features.image_hwc, features.plan, fitted, prompt_set, options, timings)
+
+    def masks(
+        self, features: ImageFeatures, prompts: Prompts, *, kp_w: float | None = None, pamr: bool = False
+    ) -> NDArray[np.float32]:
+        """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size."""
+        options = self._options(None, True, kp_w, pamr)
+        prompt_set = self._prompt_set(prompts)
+        fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, {})
+        return resize_masks(fitted, features.plan.source_size)
+
+    def stream(
+        self,
+        frames: Iterable[NDArray[np.uint8]],
+        prompts: Prompts | Callable[[], Prompts],
+        *,
+        threshold: float | None = None,
+        background: bool = True,
+        kp_w: float | None = None,
+        pamr: bool = False,
+        fit: str = "whole",
+    ) -> Generator[Segmentation, None, None]:
+        """Segment frames one after another; the next is fetched and prepared while the model runs on the current one.
+
+        A thread takes the frames, one ahead, and copies each, so that a camera may use its buffer again. What `frames`
+        raises is raised here, after the results of the frames before it. Closing the generator ends the thread.
+
+        Args:
+            frames: images as in a call; a generator will do.
+            prompts: as in a call, or a function that is asked for them before every frame, to change them on the way.
+            threshold: and the others: as in a call.
+
+        Yields:
+            One Segmentation a frame, in order.
+        """
+        options = self._options(threshold, background, kp_w, pamr)
+        ask = prompts if callable(prompts) else _always(self._prompt_set(prompts))
+        check_fit(fit)  # now, not at the first frame
+        return self._streamed(frames, ask, options, fit)
+
+    def _streamed(
+        self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], Prompts], options: _Options, fit: str
+    ) -> Generator[Segmentation, None, None]:
+        prepared_frames = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit))
+        try:
+            for prepared in prepared_frames:
+                yield self._segment(prepared, self._prompt_set(ask()), options)
+        finally:
+            prepared_frames.close()
+
+    def _prepare(self, image_hwc: NDArray[np.uint8], fit: str) -> _Prepared:
+        """Resize and cut; touches nothing of the Segmenter that changes, so that `stream` may do it in its thread."""
+        start = time.perf_counter()
+        image = check_image(image_hwc)
+        size = (image.shape[0], image.shape[1])
+        plan = plan_fit(size, self._graph_sizes, fit, patch_size=self.bundle.manifest.model.patch_size)
+        inputs = tuple(plan.inputs(image, self._pad_rgb))
+        return _Prepared(image_hwc=image, plan=plan, inputs=inputs, preprocess_ms=_elapsed_ms(start))
+
+    def _segment(self, prepared: _Prepared, prompts: PromptSet, options: _Options) -> Segmentation:
+        self._check_thread()
+        timings = {"preprocess": prepared.preprocess_ms}
+        features = self._window_features(prepared, timings)
+        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, prompts, options, timings)
+        self._counters["images"] += 1
+        return self._labelled(prepared.image_hwc, prepared.plan, fitted, prompts, options, timings)
+
+    def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
+        """Features of the windows one by one, so that those of many windows need not be held."""
+        self._total_ms["preprocess"] += prepared.preprocess_ms
+        for window_hwc in prepared.inputs:
+            with self._timed("image", timings):
+                features = self.backend.image_features(window_hwc[None])
+            self._counters["windows"] += 1
+            yield features
+
+    def _fitted_masks(
+        self,
+        plan: FitPlan,
+        inputs: Sequence[NDArray[np.uint8]],
+        features: Iterable[Features],
+        prompts: PromptSet,
+        options: _Options,
+        timings: dict[str, float],
+    ) -> NDArray[np.float32]:
+        """(N, h, w) float32 soft masks at the size the model saw the image."""
+        grid_masks = (
+            self._grid_masks(window_features, window_hwc, prompts, options, timings)
+            for window_hwc, window_features in zip(inputs, features, strict=True)
+        )
+        return plan.join(grid_masks, len(prompts))
+
+    def _grid_masks(
+        self,
+        features: Features,
+        window_hwc: NDArray[np.uint8],
+        prompts: PromptSet,
+        options: _Options,
+        timings: dict[str, float],
+    ) -> NDArray[np.float32]:
+        """(N, h, w) float32 soft masks of one window on the mask grid.
+
+        PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
+        """
+        with self._timed("masks", timings):
+            kp_w = 0.0 if options.pamr else options.kp_w
+            masks: NDArray[np.float32] = self.backend.masks(features, prompts.embeddings, kp_w)[0]
+        if options.pamr:
+            with self._timed("pamr", timings):
+                planes = np.ascontiguousarray(window_hwc.transpose(2, 0, 1), np.float32)
+                small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
+                masks = refine_masks(small.transpose(1, 2, 0), masks)
+            if options.kp_w > 0:
+                with self._timed("masks", timings):
+                    kp_masks = self.backend.masks(features, prompts.embeddings, 1.0)[0]
+                masks = np.asarray(options.kp_w * kp_masks + (1 - options.kp_w) * masks, np.float32)
+        if not np.isfinite(masks).all():
+            raise BackendError(
+                f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
+                "precision. Use another precision or backend",
+                backend=self.backend.name,
+            )
+        return masks
+
+    def _labelled(
+        self,
+        image_hwc: NDArray[np.uint8],
+        plan: FitPlan,
+        fitted: NDArray[np.float32],
+        prompts: PromptSet,
+        options: _Options,
+        timings: dict[str, float],
+    ) -> Segmentation:
+        with self._timed("labels", timings):
+            labels = labels_from_masks(fitted, plan.source_size, options.threshold)
+        return segmentation_from_masks(
+            image_hwc,
+            prompts.names,
+            fitted,
+            options.threshold,
+            labels=labels,
+            settings={"fit": plan.fit, "kp_w": options.kp_w, "pamr": options.pamr, "windows": len(plan.windows)},
+            model=self.model,
+            backend=self.backend.name,
+            timings_ms=timings,
+            counters=dict(self._counters),
+        )
+
+    def _options(self, threshold: float | None, background: bool, kp_w: float | None, pamr: bool) -> _Options:
+        self._check_thread()
+        manifest = self.bundle.manifest
+        if not background and threshold is not None:
+            raise InputError(f"threshold {threshold} has no effect without a background; leave one of the two out")
+        if background and threshold is None:
+            threshold = manifest.thresholds.background_pamr if pamr else manifest.thresholds.background
+        for name, value in (("threshold", threshold), ("kp_w", kp_w)):
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} is a number from 0 to 1, got {value}")
+        if kp_w is not None and kp_w > 0 and not manifest.has_kp:
+            raise InputError(f"{self.model} was exported without the KP branch, but kp_w is {kp_w}; take kp_w 0")
+        return _Options(threshold=threshold, kp_w=manifest.kp_w if kp_w is None else kp_w, pamr=pamr)
+
+    def _prompt_set(self, prompts: Prompts) -> PromptSet:
+        if not isinstance(prompts, PromptSet):
+            return self.prompts(prompts)
+        expected = self.bundle.text_encoder_hash
+        if prompts.key != expected:
+            raise InputError(
+                f"these prompts were embedded by another text encoder ({prompts.key[:12]}) than that of {self.model} "
+                f"({expected[:12]}); embed them with this model: segmenter.prompts([...])",
+                expected=expected,
+                found=prompts.key,
+            )
+        return prompts
+
+    def _remember(self, key: tuple[str, ...], prompts: PromptSet) -> None:
+        self._remembered[key] = prompts
+        if len(self._remembered) > _REMEMBERED_PROMPT_SETS:
+            self._remembered.popitem(last=False)
+
+    def _opened_tokenizer(self) -> "Tokenizer":
+        from .tokenizer import Tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_bundle(self.bundle)
+        return self._tokenizer
+
+    def _warn_of_unknown_words(self, names: Sequence[str]) -> None:
+        vocabulary = self.bundle.manifest.vocabulary
+        if vocabulary is None:
+            return
+        words = [word for word in unknown_words(names, vocabulary.words) if word not in self._warned_words]
+        if words:
+            self._warned_words.update(words)
+            logger.warning("%s does not know %s: %s", self.model, ", ".join(map(repr, words)), vocabulary.note)
+
+    def _check_thread(self) -> None:
+        current = threading.current_thread()
+        if self._owner is None:
+            self._owner = current
+        elif self._owner is not current:
+            raise TclkitError(
+                f"this Segmenter belongs to the thread {self._owner.name!r}, but {current.name!r} uses it. "
+                "Open one in each thread: Segmenter.open(...)"
+            )
+
+    @contextmanager
+    def _timed(self, stage: str, timings: dict[str, float]) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        elapsed = _elapsed_ms(start)
+        timings[stage] = timings.get(stage, 0.0) + elapsed
+        self._total_ms[stage] += elapsed
+
+
+def _elapsed_ms(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
+
+
+def _bytes_from_mean(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The mean colour in bytes: what is padded with it is near zero after normalisation (0.01 at most)."""
+    red, green, blue = (min(255, max(0, round(value))) for value in mean)
+    return red, green, blue
+
+
+def _text_cache(cache: bool | str | Path) -> "TextCache | None":
+    if cache is False:
+        return None
+    from .text_cache import TextCache
+
+    return TextCache() if cache is True else TextCache(cache)
+
+
+def _always(prompts: PromptSet) -> Callable[[], Prompts]:
+    return lambda: prompts

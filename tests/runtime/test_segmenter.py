@@ -1,0 +1,313 @@
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tclkit.runtime.backends import Features
+from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitError
+from tclkit.runtime.pamr import refine_masks, resize_with_corners
+from tclkit.runtime.prompts import PromptSet
+from tclkit.runtime.segmenter import Segmenter
+
+COLOURS = ("red", "green", "blue")
+NAMES = ["a red circle", "the green square", "blue"]
+Image = NDArray[np.uint8]
+
+
+@pytest.fixture
+def segmenter(tiny_bundle_folder: Path) -> Segmenter:
+    return Segmenter.open(tiny_bundle_folder, threads=1)
+
+
+@pytest.fixture
+def paint(tiny: ModuleType) -> Callable[..., Image]:
+    """paint((64, 96), red=(0, 32, 0, 16), ...): a picture in no colour of the palette but for the given boxes."""
+
+    def painted(size: tuple[int, int], **boxes: tuple[int, int, int, int]) -> Image:
+        image = np.empty((*size, 3), np.uint8)
+        image[:] = tiny.OTHER_RGB
+        for colour, (top, bottom, left, right) in boxes.items():
+            image[top:bottom, left:right] = tiny.PALETTE[colour]
+        return image
+
+    return painted
+
+
+@pytest.fixture
+def scene(paint: Callable[..., Image]) -> Image:
+    return paint((64, 64), red=(0, 32, 0, 32), green=(32, 64, 16, 64))
+
+
+def expected_map(image: Image, tiny: ModuleType) -> NDArray[np.int16]:
+    label_map = np.full(image.shape[:2], -1, np.int16)
+    for index, colour in enumerate(COLOURS):
+        label_map[(image == tiny.PALETTE[colour]).all(axis=2)] = index
+    return label_map
+
+
+def agreement(found: NDArray[np.int16], expected: NDArray[np.int16]) -> float:
+    return float((found == expected).mean())
+
+
+def test_a_scene_is_labelled(segmenter: Segmenter, scene: Image, tiny: ModuleType) -> None:
+    result = segmenter(scene, NAMES, kp_w=0)
+    assert agreement(result.label_map, expected_map(scene, tiny)) > 0.999  # all but the corners
+    assert result.areas == pytest.approx({"a red circle": 0.25, "the green square": 0.375, "blue": 0}, abs=0.001)
+    assert result.model == "tiny"
+    assert result.backend == "onnxruntime"
+    assert result.threshold == 0.5
+    assert result.image_hwc is scene
+    assert [region.box for region in result.regions()] == [(0, 0, 32, 32), (16, 32, 64, 64)]
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_defaults_are_the_bundles(segmenter: Segmenter, scene: Image, tiny: ModuleType) -> None:
+    result = segmenter(scene, NAMES)
+    assert result.settings == {"fit": "whole", "kp_w": 0.3, "pamr": False, "windows": 1}
+    assert agreement(result.label_map, expected_map(scene, tiny)) > 0.9
+    assert segmenter(scene, NAMES, pamr=True).threshold == 0.4
+    assert segmenter(scene, NAMES, background=False).threshold is None
+    assert segmenter(scene, NAMES, threshold=0.9).threshold == 0.9
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (100, 30), (1, 1), (65, 64)])
+@pytest.mark.parametrize("fit", ["whole", "stretch", "slide"])
+def test_any_size_in_any_fit(
+    segmenter: Segmenter, paint: Callable[..., Image], tiny: ModuleType, fit: str, size: tuple[int, int]
+) -> None:
+    height, width = size
+    image = paint(size, red=(0, (height + 1) // 2, 0, width), blue=((height + 1) // 2, height, 0, width))
+    result = segmenter(image, NAMES, kp_w=0, fit=fit)
+    assert result.label_map.shape == size
+    assert agreement(result.label_map, expected_map(image, tiny)) > 0.93
+    assert result.soft_masks.shape == (3, *size)
+
+
+def test_slide_sees_details_that_whole_cannot(segmenter: Segmenter, paint: Callable[..., Image]) -> None:
+    image = paint((200, 640), red=(90, 115, 300, 325))
+    assert segmenter(image, ["red"], kp_w=0).areas["red"] == 0
+    result = segmenter(image, ["red"], kp_w=0, fit="slide")
+    (region,) = result.regions()
+    np.testing.assert_allclose(region.box, (300, 90, 325, 115), atol=10)
+    assert result.settings["windows"] == segmenter.stats.windows - 1 == 6
+
+
+def test_pamr_and_the_mix_follow_the_reference_order(segmenter: Segmenter, scene: Image) -> None:
+    prompts = segmenter.prompts(NAMES)
+    features = segmenter.features(scene)
+    grid = [segmenter.backend.masks(features.features[0], prompts.embeddings, w)[0] for w in (0.0, 1.0)]
+    planes = scene.transpose(2, 0, 1).astype(np.float32)
+    small = resize_with_corners(planes, grid[0].shape[1:]).transpose(1, 2, 0)
+    expected = 0.3 * grid[1] + 0.7 * refine_masks(small, grid[0])
+    masks = segmenter.masks(features, prompts, pamr=True)
+    np.testing.assert_allclose(segmenter(scene, prompts, pamr=True).soft_masks, masks, atol=1e-6)
+    np.testing.assert_allclose(masks[:, 2::4, 2::4], expected, atol=0.3)  # the grid's cells, up to the resizing
+    assert "pamr" in segmenter(scene, prompts, pamr=True).timings_ms
+
+
+def test_features_are_asked_again_for_the_price_of_the_head(segmenter: Segmenter, scene: Image) -> None:
+    features = segmenter.features(scene)
+    result = segmenter.segment(features, NAMES)
+    np.testing.assert_array_equal(result.label_map, segmenter(scene, NAMES).label_map)
+    masks = segmenter.masks(features, ["the green square"])
+    assert masks.shape == (1, 64, 64)
+    np.testing.assert_allclose(masks[0], result.soft_mask("the green square"), atol=1e-5)
+    assert segmenter.stats.windows == 2
+    assert segmenter.stats.images == 2
+
+
+def test_prompts_are_embedded_once(tiny_bundle_folder: Path, scene: Image) -> None:
+    first = Segmenter.open(tiny_bundle_folder)
+    for _ in range(3):
+        result = first(scene, NAMES)
+    assert first.stats.text_encoder_runs == 1
+    assert result.counters == {"images": 3, "windows": 3, "text_encoder_runs": 1, "text_cache_hits": 0}
+    second = Segmenter.open(tiny_bundle_folder)
+    second(scene, NAMES)
+    assert (second.stats.text_encoder_runs, second.stats.text_cache_hits) == (0, 3)
+    without = Segmenter.open(tiny_bundle_folder, cache=False)
+    without(scene, NAMES)
+    assert (without.stats.text_encoder_runs, without.stats.text_cache_hits) == (1, 0)
+
+
+def test_cache_in_a_file_of_ones_own(tiny_bundle_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    Segmenter.open(tiny_bundle_folder, cache=path).prompts(NAMES)
+    assert path.exists()
+
+
+def test_few_prompt_sets_are_remembered(segmenter: Segmenter) -> None:
+    for number in range(40):
+        segmenter.prompts([f"red {number}"])
+    assert len(segmenter._remembered) == 16
+    assert segmenter.prompts(["red 39"]) is segmenter.prompts(["red 39"])
+
+
+def test_prompts_of_another_encoder_are_refused(segmenter: Segmenter, scene: Image) -> None:
+    prompts = segmenter.prompts(NAMES)
+    other = PromptSet(names=prompts.names, embeddings=prompts.embeddings, key="f" * 64)
+    with pytest.raises(InputError, match=r"embedded by another text encoder \(ffffffffffff\) than that of tiny"):
+        segmenter(scene, other)
+
+
+@pytest.mark.parametrize("prompts", [[], "red", ["red", "red"], [""], [7], None])
+def test_bad_prompts(segmenter: Segmenter, scene: Image, prompts: object) -> None:
+    with pytest.raises(InputError):
+        segmenter(scene, prompts)  # type: ignore[arg-type]
+
+
+def test_unknown_words_are_announced_once(
+    write_tiny_bundle: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    segmenter = Segmenter.open(write_tiny_bundle(tmp_path / "tiny", vocabulary=["red", "circle"]))
+    with caplog.at_level(logging.WARNING):
+        segmenter.prompts(["a red circle"])
+        assert caplog.records == []
+        segmenter.prompts(["a red zebra"])
+        segmenter.prompts(["zebra"])
+    assert [record.getMessage() for record in caplog.records] == ["tiny does not know 'zebra': knows only colours"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.5}, "threshold is a number from 0 to 1, got 1.5"),
+        ({"threshold": float("nan")}, "threshold is a number"),
+        ({"kp_w": -0.1}, "kp_w is a number from 0 to 1"),
+        ({"fit": "crop"}, "unknown fit 'crop'"),
+        ({"background": False, "threshold": 0.3}, "threshold 0.3 has no effect without a background"),
+    ],
+)
+def test_bad_options(segmenter: Segmenter, scene: Image, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        segmenter(scene, NAMES, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        segmenter.stream([scene], NAMES, **options)  # type: ignore[arg-type]
+
+
+def test_bad_images(segmenter: Segmenter, scene: Image) -> None:
+    with pytest.raises(InputError, match=r"floats in 0\.\.1 take"):
+        segmenter(scene / np.float32(255), NAMES)
+    with pytest.raises(InputError, match="thinner than one patch of 16"):
+        segmenter(np.zeros((2, 900, 3), np.uint8), NAMES)
+
+
+def test_bundle_without_kp(write_tiny_bundle: Callable[..., Path], tmp_path: Path, scene: Image) -> None:
+    segmenter = Segmenter.open(write_tiny_bundle(tmp_path / "tiny", kp_w=0.0))
+    for pamr in (False, True):
+        assert segmenter(scene, NAMES, pamr=pamr).settings["kp_w"] == 0
+    with pytest.raises(InputError, match=r"tiny was exported without the KP branch, but kp_w is 0\.3; take kp_w 0"):
+        segmenter(scene, NAMES, kp_w=0.3)
+
+
+def test_the_graph_of_the_nearest_aspect_runs(
+    write_tiny_bundle: Callable[..., Path], tmp_path: Path, paint: Callable[..., Image], tiny: ModuleType
+) -> None:
+    segmenter = Segmenter.open(write_tiny_bundle(tmp_path / "tiny", more_sizes=[(64, 128)]))
+    image = paint((128, 256), red=(0, 64, 0, 128), green=(0, 128, 192, 256))
+    features = segmenter.features(image)
+    assert features.plan.graph_size == (64, 128)
+    result = segmenter.segment(features, NAMES, kp_w=0)
+    assert agreement(result.label_map, expected_map(image, tiny)) > 0.98
+
+
+def test_masks_that_are_not_finite_are_refused(
+    segmenter: Segmenter, scene: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(features: Features, text: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
+        return np.full((1, len(text), 16, 16), np.nan, np.float32)
+
+    monkeypatch.setattr(segmenter.backend, "masks", overflow)
+    with pytest.raises(BackendError, match="masks that are not finite for tiny"):
+        segmenter(scene, NAMES)
+
+
+def test_one_thread_each(segmenter: Segmenter, scene: Image) -> None:
+    segmenter(scene, NAMES)
+    errors: list[Exception] = []
+
+    def use() -> None:
+        try:
+            segmenter(scene, NAMES)
+        except TclkitError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=use, name="second")
+    thread.start()
+    thread.join()
+    (error,) = errors
+    assert "belongs to the thread 'MainThread', but 'second' uses it. Open one in each thread" in str(error)
+    segmenter(scene, NAMES)
+
+
+def test_unknown_model_and_backend(tiny_bundle_folder: Path) -> None:
+    with pytest.raises(BundleError, match="not installed"):
+        Segmenter.open("no-such-model")
+    with pytest.raises(BackendError, match="unknown backend"):
+        Segmenter.open(tiny_bundle_folder, backend="magic")
+
+
+def test_stream_equals_calls(segmenter: Segmenter, scene: Image) -> None:
+    frames = [scene, scene[::-1], scene[:, ::-1]]
+    prompts = segmenter.prompts(NAMES)
+    results = list(segmenter.stream(iter(frames), prompts, kp_w=0))
+    assert len(results) == 3
+    for frame, result in zip(frames, results, strict=True):
+        np.testing.assert_array_equal(result.label_map, segmenter(frame, prompts, kp_w=0).label_map)
+    assert set(results[0].timings_ms) == {"preprocess", "image", "masks", "labels"}
+
+
+def test_stream_may_change_its_prompts(segmenter: Segmenter, scene: Image) -> None:
+    current = ["red"]
+    results = segmenter.stream([scene] * 4, lambda: current, kp_w=0)
+    assert next(results).names == ("red",)
+    current = ["green", "blue"]
+    assert next(results).names == ("green", "blue")
+    assert segmenter.stats.text_encoder_runs == 2
+    assert [result.names for result in results] == [("green", "blue")] * 2
+    assert segmenter.stats.text_encoder_runs == 2
+
+
+def test_stream_of_a_camera_that_reuses_its_buffer(segmenter: Segmenter, scene: Image, tiny: ModuleType) -> None:
+    buffer = np.empty_like(scene)
+
+    def camera() -> Iterator[Image]:
+        for frame in (scene, scene[::-1], scene[:, ::-1]):
+            buffer[:] = frame
+            yield buffer
+
+    results = list(segmenter.stream(camera(), NAMES, kp_w=0))
+    for frame, result in zip((scene, scene[::-1], scene[:, ::-1]), results, strict=True):
+        np.testing.assert_array_equal(result.image_hwc, frame)
+        assert agreement(result.label_map, expected_map(frame, tiny)) > 0.999
+
+
+def test_stream_passes_exceptions_and_cleans_up(segmenter: Segmenter, scene: Image) -> None:
+    def camera() -> Iterator[Image | None]:
+        yield scene
+        yield None
+
+    results = segmenter.stream(camera(), NAMES)  # type: ignore[arg-type]
+    next(results)
+    with pytest.raises(InputError, match="the camera or file gave no frame"):
+        next(results)
+    early = segmenter.stream([scene] * 100, NAMES)
+    next(early)
+    early.close()
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+    assert segmenter.stats.images == 2
+    with pytest.raises(InputError, match="there are no prompts"):
+        segmenter.stream([scene], [])
+
+
+def test_timings_add_up(segmenter: Segmenter, scene: Image) -> None:
+    results = [segmenter(scene, NAMES, pamr=True) for _ in range(2)]
+    for stage in ("preprocess", "image", "masks", "pamr", "labels"):
+        assert segmenter.stats.timings_ms[stage] == pytest.approx(sum(r.timings_ms[stage] for r in results))
+    assert segmenter.stats.timings_ms["prompts"] > 0
