@@ -1,6 +1,6 @@
 """Batches of the synthetic world for training: seeded, endless, resumable by one number."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ class WorldBatches:
         self._world, self._tokenizer, self._batch_size = world, tokenizer, batch_size
         self.position = 0
 
-    def next(self, *, max_objects: int | None = None) -> Batch:
-        """Draw the next batch, of scenes with at most `max_objects` objects."""
-        world = self._world if max_objects is None else replace(self._world, max_objects=max_objects)
+    def next(self, world: WorldConfig | None = None) -> Batch:
+        """Draw the next batch, from another world than usual when one is given."""
+        world = world or self._world
         drawn: dict[str, Scene] = {}
         while len(drawn) < self._batch_size:
             candidate = scene(world, self.position)

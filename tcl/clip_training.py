@@ -14,6 +14,7 @@ from .batches import WorldBatches
 from .config import TrainConfig
 from .model import encode_text, normalize
 from .schedule import parameter_groups
+from .vision import global_embedding, run_trunk
 
 _MAX_LOGIT_SCALE = math.log(100)
 
@@ -41,10 +42,10 @@ class ClipStage:
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """The symmetric contrastive loss of the next batch."""
-        limit = self._config.curriculum.max_objects(step / self.settings.steps, self._config.world.max_objects)
-        batch = self._batches.next(max_objects=limit)
+        batch = self._batches.next(self._config.curriculum.world_at(step / self.settings.steps, self._config.world))
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
-            image_BD = self.model.encode_image(batch.images_BCHW)
+            trunk_BLC = run_trunk(self.model.visual, batch.images_BCHW)
+            image_BD = global_embedding(self.model.visual, trunk_BLC)
             text_BD = encode_text(self.model, batch.token_ids_BL)
         image_BD, text_BD = normalize(image_BD.float(), -1), normalize(text_BD.float(), -1)
         return {"contrastive_loss": self._loss(image_BD, text_BD, self.model.logit_scale.exp())}

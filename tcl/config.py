@@ -7,7 +7,7 @@ are overridden as `section.key=value`.
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,35 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumConfig:
-    """Few objects a scene first, more later.
+    """Easy scenes first: single objects, then pairs, then the world's own; and small pictures before full ones.
 
-    single_until, pair_until: fractions of the steps with one object, then with at most two; after that the world's own.
+    single_until, pair_until: fractions of the steps with one object, then with two at most.
+    single_max_radius: single objects may be this large, as a fraction of the side.
+    small_until: fraction of the steps on small pictures, which cost less.
+    small_size: pixels a side of a small picture.
     """
 
     single_until: float = 0.0
     pair_until: float = 0.0
+    single_max_radius: float = 0.45
+    small_until: float = 0.0
+    small_size: int = 64
 
     def __post_init__(self) -> None:
         if not 0 <= self.single_until <= self.pair_until <= 1:
             raise ConfigError(
                 f"0 <= single_until ({self.single_until}) <= pair_until ({self.pair_until}) <= 1 does not hold"
             )
+        if not 0 <= self.small_until <= 1:
+            raise ConfigError(f"small_until is {self.small_until}; a fraction in [0, 1] is needed", key="small_until")
 
-    def max_objects(self, progress: float, limit: int) -> int:
-        """Most objects a scene may have at this fraction of the training."""
-        return 1 if progress < self.single_until else min(2, limit) if progress < self.pair_until else limit
+    def world_at(self, progress: float, world: WorldConfig) -> WorldConfig:
+        """The world to draw from at this fraction of the training."""
+        if progress < self.small_until:
+            world = replace(world, size=self.small_size)
+        if progress < self.single_until:
+            return replace(world, max_objects=1, max_radius=max(self.single_max_radius, world.max_radius))
+        return replace(world, max_objects=min(2, world.max_objects)) if progress < self.pair_until else world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,8 +157,9 @@ class TrainConfig:
             raise ConfigError(f"precision is {self.precision!r}; choose fp32 or bf16", key="precision")
         if self.save_every < 1:
             raise ConfigError(f"save_every is {self.save_every}; it must be 1 or more", key="save_every")
-        if self.world.size % self.clip.patch_size:
-            raise ConfigError(f"world.size ({self.world.size}) must be a multiple of clip.patch_size")
+        for name, size in (("world.size", self.world.size), ("curriculum.small_size", self.curriculum.small_size)):
+            if size % self.clip.patch_size:
+                raise ConfigError(f"{name} ({size}) must be a multiple of clip.patch_size ({self.clip.patch_size})")
         if self.evaluation.seed == self.world.seed:
             raise ConfigError("evaluation.seed equals world.seed: the model would be judged on scenes it has seen")
 

@@ -69,9 +69,9 @@ class WorldConfig:
     size: int = 64
     seed: int = 0
     min_objects: int = 1
-    max_objects: int = 4
-    min_radius: float = 0.12
-    max_radius: float = 0.27
+    max_objects: int = 3
+    min_radius: float = 0.14
+    max_radius: float = 0.3
     max_overlap: float = 0.3
     partial_caption: float = 0.4
     sibling: float = 0.35

@@ -18,6 +18,7 @@ from tclkit.tcl.train import train
 
 TINY = [
     "world.size=32",
+    "curriculum.small_size=16",
     "clip.image_size=32",
     "clip.embed_dim=16",
     "clip.vision_width=32",
