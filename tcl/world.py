@@ -156,8 +156,8 @@ def _outlines() -> dict[str, list[npt.NDArray[np.float64]]]:
 _OUTLINES: Final = _outlines()
 
 
-def _coverage(placed: _Placed, size: int) -> npt.NDArray[np.uint8]:
-    """Anti-aliased cover of one object: (S, S) uint8, 255 inside."""
+def _coverage(placed: _Placed, size: int) -> tuple[slice, slice, npt.NDArray[np.uint8]]:
+    """Rows and columns that one object may touch, and its anti-aliased cover there: uint8, 255 inside."""
     cos, sin = math.cos(placed.angle), math.sin(placed.angle)
     turn = np.array([[cos, sin], [-sin, cos]])
     scale = placed.radius * size
@@ -168,7 +168,9 @@ def _coverage(placed: _Placed, size: int) -> npt.NDArray[np.uint8]:
     cv2.fillPoly(
         cover, points, 255, lineType=cv2.LINE_AA, shift=_SUB_PIXEL_BITS
     )  # even-odd: the ring's hole stays open
-    return cover
+    x, y, width, height = cv2.boundingRect(cover)
+    rows, columns = slice(y, y + height), slice(x, x + width)
+    return rows, columns, cover[rows, columns]
 
 
 def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
@@ -258,12 +260,12 @@ def scene(config: WorldConfig, index: int) -> Scene:
     canvas = _background(rng, config.size)
     label_map = np.full((config.size, config.size), BACKGROUND, np.int16)
     for placed in _place(rng, config):
-        cover = _coverage(placed, config.size)
+        rows, columns, cover = _coverage(placed, config.size)
         tint = np.array(COLOURS[_colour(placed.name_index)], np.float32)
         tint = tint + rng.normal(0, 8, 3).astype(np.float32)
         alpha = cover[..., None].astype(np.float32) / 255
-        canvas += (tint - canvas) * alpha
-        label_map[cover > 127] = placed.name_index
+        canvas[rows, columns] += (tint - canvas[rows, columns]) * alpha
+        label_map[rows, columns][cover > 127] = placed.name_index
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(2, 8))
     present = [int(i) for i in np.unique(label_map) if i != BACKGROUND]
     return Scene(
