@@ -3,8 +3,9 @@
 The "model" knows the colours of `PALETTE` by name. A block of pixels of exactly one of these colours gets that
 colour's unit vector as its grounded feature, any colour far from all of them gets the unit vector of `other` (the last
 dimension), and a prompt gets the vectors of the colour words in it; one that names no colour matches nothing. So a
-scene painted in palette colours, whose borders lie on the mask grid, is labelled without error where kp_w is 0, and
-within two pixels of the borders where it is not (the KP branch sees whole patches).
+scene painted in palette colours, whose borders lie on the mask grid, is labelled on that grid without error where kp_w
+is 0; upsampled to the image, corners lose a pixel. With the KP branch, which sees whole patches, borders move by up to
+two pixels.
 
 bundle.json is written by hand here, not through tclkit: it states the schema a second time.
 """
