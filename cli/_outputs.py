@@ -9,7 +9,7 @@ from tclkit.runtime.errors import InputError
 
 from ._sources import OVERLAY_ENDING, Source
 
-OVERLAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OVERLAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEFAULT_FOLDER = Path("tclkit-overlays")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ._console import say, size_text
 
@@ -50,22 +50,32 @@ def training_display() -> Iterator[Callable[["TrainProgress"], None]]:
 
 
 @contextlib.contextmanager
-def download_display() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield the callback (file, bytes done, bytes in all or None) that draws downloads: one bar a file."""
+def work_display() -> Iterator["WorkDisplay"]:
+    """Yield the display of downloads and of work in named steps: one bar a file, and one for all steps."""
     if not sys.stderr.isatty():
-        yield _DownloadLines()
+        yield _WorkLines()
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:32}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with _bars(*columns) as progress:
-        yield _DownloadBars(progress)
+        yield _WorkBars(progress)
+
+
+class WorkDisplay(Protocol):
+    """Callbacks of `work_display`."""
+
+    def download(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
+        """Show how far a file has come; `total_bytes` is None when the server does not say."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Show which step begins, after how many of all."""
 
 
 def _bars(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
@@ -99,28 +109,39 @@ class _TrainingLines:
             say(f"{at.stage} {at.step}/{at.steps}  {_losses_text(at)}".rstrip())
 
 
-class _DownloadBars:
+class _WorkBars:
     def __init__(self, progress: "Progress") -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
-        task = self._tasks.get(file)
-        if task is None:
-            task = self._tasks[file] = self._progress.add_task(file, total=total_bytes)
-        self._progress.update(task, completed=done_bytes, total=total_bytes)
+    def download(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
+        self._update(file, file, done_bytes, total_bytes, _bytes_text(done_bytes, total_bytes))
+
+    def step(self, what: str, done: int, total: int) -> None:
+        self._update("steps", what, done, total, f"{done}/{total}")
+
+    def _update(self, key: str, description: str, done: int, total: int | None, amount: str) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(description, total=total, amount=amount)
+        self._progress.update(self._tasks[key], description=description, completed=done, total=total, amount=amount)
 
 
-class _DownloadLines:
+class _WorkLines:
     def __init__(self) -> None:
         self._last_s = -_LINE_EVERY_S
 
-    def __call__(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
+    def download(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
         now_s = time.monotonic()
         if done_bytes == total_bytes or now_s - self._last_s >= _LINE_EVERY_S:
             self._last_s = now_s
-            of = "" if total_bytes is None else f" of {size_text(total_bytes)}"
-            say(f"{file}: {size_text(done_bytes)}{of}")
+            say(f"{file}: {_bytes_text(done_bytes, total_bytes)}")
+
+    def step(self, what: str, done: int, total: int) -> None:
+        say(f"[{done}/{total}] {what}")
+
+
+def _bytes_text(done_bytes: int, total_bytes: int | None) -> str:
+    return size_text(done_bytes) + ("" if total_bytes is None else f" of {size_text(total_bytes)}")
 
 
 def _losses_text(at: "TrainProgress") -> str:

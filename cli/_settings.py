@@ -56,3 +56,12 @@ ClipOption = Annotated[
         help="CLIP's weights, for a checkpoint that holds only what was learned: a file, or open_clip's name of them.",
     ),
 ]
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        metavar="HxW",
+        help="Image size of a graph, repeatable. Default: the checkpoint's own, else 448x448.",
+        show_default=False,
+    ),
+]

@@ -8,55 +8,68 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._console import DebugOption, plain, printer, require_extra, say, size_text, table
-from ._settings import CheckpointArgument, ClipOption
+from ._progress import work_display
+from ._settings import CheckpointArgument, ClipOption, SizeOption
 
 if TYPE_CHECKING:
-    from tclkit.runtime.bundle import Bundle
+    from tclkit.runtime import Bundle
 
 
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")],
-    sizes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--size", metavar="HxW", help="Image size of the graph, repeatable. Default: 448x448.", show_default=False
-        ),
-    ] = None,
+    sizes: SizeOption = None,
     clip: ClipOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the model. Default: the checkpoint's own, else the folder's."),
+    ] = None,
+    half_weights: Annotated[
+        bool, typer.Option("--half-weights", help="Store weights as float16, in half the space; computed in float32.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Write the bundle of a checkpoint, each graph compared with torch."""
-    wanted = [parse_size(size) for size in sizes or ["448x448"]]
+    wanted = parse_sizes(sizes)
     require_extra("export", "torch", "open_clip", "onnx", "onnxscript")
     from tclkit.export import export_bundle
     from tclkit.runtime import open_bundle
 
-    export_bundle(checkpoint, output, sizes=wanted, clip=clip)
-    report_bundle(open_bundle(output))
+    with work_display() as display:
+        folder = export_bundle(
+            checkpoint, output, clip=clip, sizes=wanted, name=name, half_weights=half_weights, progress=display.step
+        )
+    report_bundle(open_bundle(folder, verify=False))
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(H, W) in pixels from "HxW".
+def parse_sizes(texts: list[str] | None) -> list[tuple[int, int]] | None:
+    """Return (H, W) in pixels of each "HxW"; None, the exporter's own choice, for none.
 
     Raises:
         typer.BadParameter: not two positive numbers.
     """
+    return [_size_from_text(text) for text in texts] if texts else None
+
+
+def _size_from_text(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
     if match is None or not int(match[1]) or not int(match[2]):
         raise typer.BadParameter(f"{text!r} is no size; write HEIGHTxWIDTH, such as 448x448", param_hint="--size")
     return int(match[1]), int(match[2])
 
 
-def report_bundle(bundle: "Bundle") -> None:
-    """Print what a new bundle holds and how far its graphs are from torch."""
+def report_bundle(bundle: "Bundle", *, model: str | None = None) -> None:
+    """Print what a new bundle holds and how far its graphs are from torch.
+
+    Args:
+        bundle: the new bundle.
+        model: what to give as --model; None: the bundle's folder.
+    """
     checks = bundle.manifest.checks.get("fp32", {})
-    files = table(
-        "file", "size", "max error against torch", right=("size", "max error against torch"), title=bundle.name
-    )
+    files = table("file", "size", "error against torch", right=("size", "error against torch"), title=bundle.name)
     for name, record in bundle.manifest.files.items():
         error = checks.get(name, {}).get("max_abs_error")
         files.add_row(plain(name), size_text(record.size_bytes), "" if error is None else f"{error:.1e}")
     printer().print(files)
     say(f"bundle   {bundle.folder} ({size_text(bundle.size_bytes)})")
-    say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(bundle.folder))}")
+    say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(model or str(bundle.folder))}")

@@ -1,7 +1,7 @@
 """`tclkit segment`: find what the prompts name, in one image or many."""
 
+import dataclasses
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,40 +90,47 @@ def segment(
     debug: DebugOption = False,
 ) -> None:
     """Colour the pixels of IMAGE that each PROMPT names."""
-    _check_prompts(prompts, bank)
+    _check_usage(prompts, bank, threshold, background)
     sources, many = find_sources(image), stands_for_many(image)
     wanted = output is not None or not json_output
     overlays = plan_overlays(sources, output, many=many) if wanted else [None] * len(sources)
-    settings = {"threshold": threshold, "background": background, "kp_w": kp, "pamr": pamr, "fit": fit.value}
-    segmenter = _opened(model, backend)
-    prompt_set = _prompt_set(segmenter, prompts, bank)
+    settings: dict[str, Any] = {
+        "threshold": threshold,
+        "background": background,
+        "kp_w": kp,
+        "pamr": pamr,
+        "fit": fit.value,
+    }
+    segmenter, prompt_set = _opened(model, backend, prompts or [], bank)
+    segmenter.stream([], prompt_set, **settings)  # checks the settings: no image is to blame for them
     outcome = Outcome()
     for source, overlay in tracked(list(zip(sources, overlays, strict=True)), "segmenting", shown=many):
         result = _segment_one(segmenter, prompt_set, source, overlay, settings, outcome)
         if result is not None and not json_output:
-            print_result(result, source, many=many)
+            _print_result(result, source, many=many)
     if json_output:
-        print_json(_document(segmenter, prompt_set, settings, outcome))
-    _close(outcome, overlays, many=many)
+        print_json(_document(segmenter, prompt_set, outcome))
+    _close(outcome, many=many)
 
 
-def _check_prompts(prompts: list[str] | None, bank: Path | None) -> None:
+def _check_usage(prompts: list[str] | None, bank: Path | None, threshold: float | None, background: bool) -> None:
     if not prompts and bank is None:
         raise typer.BadParameter("there is nothing to look for: give at least one PROMPT, or --bank FILE")
     if prompts and bank is not None:
         raise typer.BadParameter("PROMPT and --bank exclude each other")
+    if threshold is not None and not background:
+        raise typer.BadParameter("--threshold and --no-background exclude each other")
 
 
-def _opened(model: str, backend: BackendName) -> "Segmenter":
-    from tclkit.runtime import Segmenter
+def _opened(
+    model: str, backend: BackendName, prompts: Sequence[str], bank: Path | None
+) -> "tuple[Segmenter, PromptSet]":
+    from tclkit.runtime import Segmenter, load_prompt_bank
 
-    return Segmenter.open(model, backend=backend.value)
-
-
-def _prompt_set(segmenter: "Segmenter", prompts: list[str] | None, bank: Path | None) -> "PromptSet":
-    from tclkit.runtime import load_prompt_bank
-
-    return load_prompt_bank(bank) if bank is not None else segmenter.prompts(prompts or [])
+    segmenter = Segmenter.open(model, backend=backend.value)
+    if bank is None:
+        return segmenter, segmenter.prompts(prompts)
+    return segmenter, load_prompt_bank(bank, text_encoder_hash=segmenter.bundle.text_encoder_hash)
 
 
 def _segment_one(
@@ -141,22 +148,26 @@ def _segment_one(
     from tclkit.runtime import load_image
 
     try:
-        image_hwc = load_image(source.read(), name=source.name)
-        started = time.perf_counter()
-        result = segmenter(image_hwc, prompts, **settings)
+        result = segmenter(load_image(source.read(), name=source.name), prompts, **settings)
     except (InputError, MemoryError) as error:
-        fail(error_text(error))
-        outcome.failed.append({"image": source.name, "error": error_text(error)})
+        reason = error_text(error)
+        reason = reason if reason.startswith(source.name) else f"{source.name}: {reason}"
+        fail(reason)
+        outcome.failed.append({"file": source.name, "error": reason})
         return None
-    latency_ms = round((time.perf_counter() - started) * 1000, 2)
     if overlay is not None:
         result.save_overlay(overlay)
-    named = {"image": source.name, "overlay": None if overlay is None else str(overlay), "latency_ms": latency_ms}
-    outcome.images.append({**named, **result.to_dict()})
+    outcome.images.append(_image_dict(result, source, overlay))
     return result
 
 
-def print_result(result: "Segmentation", source: Source, *, many: bool) -> None:
+def _image_dict(result: "Segmentation", source: Source, overlay: Path | None) -> dict[str, Any]:
+    """One image as --json prints it; what is the same for all images stands outside."""
+    described = {key: value for key, value in result.to_dict().items() if key not in ("model", "backend", "counters")}
+    return {"file": source.name, "overlay": None if overlay is None else str(overlay), **described}
+
+
+def _print_result(result: "Segmentation", source: Source, *, many: bool) -> None:
     """Show one result on stdout: a table for the only image, one line for each of many."""
     if many:
         typer.echo(f"{source.name}: {findings_line(result)}")
@@ -164,21 +175,18 @@ def print_result(result: "Segmentation", source: Source, *, many: bool) -> None:
         print_findings(result)
 
 
-def _document(
-    segmenter: "Segmenter", prompts: "PromptSet", settings: dict[str, Any], outcome: Outcome
-) -> dict[str, Any]:
+def _document(segmenter: "Segmenter", prompts: "PromptSet", outcome: Outcome) -> dict[str, Any]:
     return {
-        "model": segmenter.bundle.name,
+        "model": segmenter.model,
         "backend": segmenter.backend.name,
         "prompts": list(prompts.names),
-        "settings": settings,
         "images": outcome.images,
         "failed": outcome.failed,
-        "stats": segmenter.stats.to_dict(),
+        "stats": dataclasses.asdict(segmenter.stats),
     }
 
 
-def _close(outcome: Outcome, overlays: Sequence[Path | None], *, many: bool) -> None:
+def _close(outcome: Outcome, *, many: bool) -> None:
     written = [image["overlay"] for image in outcome.images if image["overlay"] is not None]
     if written and many:
         say(f"{len(written)} overlay(s) in {os.path.commonpath([Path(path).parent for path in written])}")
@@ -186,10 +194,11 @@ def _close(outcome: Outcome, overlays: Sequence[Path | None], *, many: bool) -> 
         say(f"overlay: {written[0]}")
     if outcome.failed:
         if many:
-            fail(f"{len(outcome.failed)} of {len(overlays)} images could not be used: {_names(outcome.failed)}")
+            total = len(outcome.failed) + len(outcome.images)
+            fail(f"{len(outcome.failed)} of {total} images could not be used: {_names(outcome.failed)}")
         raise typer.Exit(EXIT_FAILED)
 
 
 def _names(failed: Sequence[dict[str, str]]) -> str:
-    shown = [entry["image"] for entry in failed[:5]]
+    shown = [entry["file"] for entry in failed[:5]]
     return ", ".join(shown) + (f" and {len(failed) - len(shown)} more" if len(failed) > len(shown) else "")

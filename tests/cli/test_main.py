@@ -16,8 +16,8 @@ OPTIONS = {
     "demo": "--output -o --debug",
     "segment": "image prompts --bank --model -m --backend --output -o --json --threshold --background --no-background "
     "--pamr --kp --fit --debug",
-    "pull": "name --checkpoint --clip --url --output -o --debug",
-    "export": "checkpoint --output -o --size --clip --debug",
+    "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
+    "export": "checkpoint --output -o --size --clip --name --half-weights --debug",
     "train": "config --output -o --set --resume --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",

@@ -52,20 +52,31 @@ def test_training_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
-def test_download_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress.download_display() as progress:
-        for done in range(0, 2001, 100):
-            progress("tcl.pth", done, 2000)
-        progress("other", 5, None)
-    assert capsys.readouterr().err.splitlines() == ["tcl.pth: 0 B of 2.0 kB", "tcl.pth: 2.0 kB of 2.0 kB"]
+def work(display: _progress.WorkDisplay) -> None:
+    for done in range(0, 2001, 100):
+        display.download("tcl.pth", done, 2000)
+    display.download("other", 5, None)
+    display.step("text graph", 1, 2)
+    display.step("done", 2, 2)
 
 
-def test_download_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with _progress.work_display() as display:
+        work(display)
+    assert capsys.readouterr().err.splitlines() == [
+        "tcl.pth: 0 B of 2.0 kB",
+        "tcl.pth: 2.0 kB of 2.0 kB",
+        "[1/2] text graph",
+        "[2/2] done",
+    ]
+
+
+def test_work_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = terminal(monkeypatch)
-    with _progress.download_display() as progress:
-        progress("tcl.pth", 0, 2000)
-        progress("tcl.pth", 2000, 2000)
-    assert "tcl.pth" in stream.getvalue()
+    with _progress.work_display() as display:
+        work(display)
+    for text in ("tcl.pth", "2.0 kB of 2.0 kB", "other", "5 B", "done", "2/2"):
+        assert text in stream.getvalue()
 
 
 def test_tracked_gives_every_item_and_leaves_stdout_alone(

@@ -35,6 +35,12 @@ def assert_refused(result: Result, *fragments: str) -> None:
     assert written() == []
 
 
+def areas(result: Result | subprocess.CompletedProcess[str]) -> dict[str, float]:
+    """Share of each prompt in the only image of a --json document."""
+    (image,) = json.loads(result.stdout)["images"]
+    return {prompt["name"]: prompt["area_fraction"] for prompt in image["prompts"]}
+
+
 def written() -> list[str]:
     return sorted(path.name for path in Path().rglob("*") if "overlay" in path.name or path.name.endswith(".tmp"))
 
@@ -64,6 +70,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     "truncated.png": (truncated, ["truncated.png is truncated or damaged"]),
     "text.jpg": (lambda path, whole: path.write_text("hello"), ["text.jpg is not an image", "JPEG, PNG"]),
     "header.png": (lambda path, whole: path.write_bytes(whole.read_bytes()[:20]), ["header.png"]),
+    "thin.png": (
+        lambda path, whole: Image.new("RGB", (3000, 1)).save(path),
+        ["thin.png: the image is 3000 x 1", "'slide' or 'stretch'"],
+    ),
     "huge.png": (huge_header, ["huge.png is 30000 x 30000", "the limit is"]),
 }
 
@@ -94,7 +104,6 @@ def with_alpha(image: Image.Image, path: Path) -> None:
 
 ODD_IMAGES: dict[str, tuple[Callable[[Image.Image, Path], object], dict[str, float]]] = {
     "one-pixel.png": (lambda image, path: Image.new("RGB", (1, 1), (255, 0, 0)).save(path), {"red": 1.0}),
-    "thin.png": (lambda image, path: Image.new("RGB", (3000, 1), (255, 0, 0)).save(path), {"red": 1.0}),
     "grey.png": (lambda image, path: Image.new("L", (64, 64), 255).save(path), {"white": 1.0}),
     "grey16.png": (
         lambda image, path: Image.fromarray(np.full((64, 64), 65535, np.uint16)).save(path),
@@ -107,25 +116,24 @@ ODD_IMAGES: dict[str, tuple[Callable[[Image.Image, Path], object], dict[str, flo
 }
 
 
-@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.usefixtures("tiny_model", "scene")
 @pytest.mark.parametrize("name", ODD_IMAGES)
-def test_an_odd_image_is_segmented(invoke: Invoke, scene: Path, name: str) -> None:
+def test_an_odd_image_is_segmented(invoke: Invoke, scene_hwc: np.ndarray, name: str) -> None:
     save, expected = ODD_IMAGES[name]
-    save(Image.open(scene), Path(name))
+    save(Image.fromarray(scene_hwc), Path(name))
     result = invoke("segment", name, "red", "blue", "white", "black", "--kp", "0", "--json", "-o", "found.png")
     assert result.exit_code == 0, result.stderr
-    (image,) = json.loads(result.stdout)["images"]
-    assert {prompt: share for prompt, share in image["areas"].items() if share} == pytest.approx(expected, abs=0.02)
+    assert {prompt: share for prompt, share in areas(result).items() if share} == pytest.approx(expected, abs=0.02)
     with Image.open(name) as source, Image.open("found.png") as overlay:
         assert overlay.width >= source.width or name == "exif.png"
 
 
-@pytest.mark.usefixtures("tiny_model")
-def test_exif_rotation_is_applied(invoke: Invoke, scene: Path) -> None:
+@pytest.mark.usefixtures("tiny_model", "scene")
+def test_exif_rotation_is_applied(invoke: Invoke, scene_hwc: np.ndarray) -> None:
     """Upright, red is on top: its box is as wide as the image."""
-    rotated_by_exif(Image.open(scene), Path("exif.png"))
-    regions = json.loads(invoke("segment", "exif.png", "red", "--kp", "0", "--json").stdout)["images"][0]["regions"]
-    assert [region["box"] for region in regions] == [[0, 0, 64, 32]]
+    rotated_by_exif(Image.fromarray(scene_hwc), Path("exif.png"))
+    (image,) = json.loads(invoke("segment", "exif.png", "red", "--kp", "0", "--json").stdout)["images"]
+    assert [region["box"] for region in image["prompts"][0]["regions"]] == [[0, 0, 64, 32]]
 
 
 # Prompts
@@ -240,7 +248,7 @@ def test_a_cache_folder_that_cannot_be_made_is_announced_and_done_without(invoke
     assert result.exit_code == 0
     assert result.stderr.startswith("warning: ")
     assert "cache" in result.stderr
-    assert json.loads(result.stdout)["images"][0]["areas"] == {"red": 0.5}
+    assert areas(result) == {"red": 0.5}
 
 
 @pytest.mark.usefixtures("tiny_model")
@@ -252,6 +260,6 @@ def test_processes_that_fill_one_cache(scene: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [stderr for _, stderr in answers] == ["", "", ""]
     after = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert (after["stats"]["text_encoder_runs"], after["stats"]["cache_hits"]) == (0, 40)
-    areas = [json.loads(stdout)["images"][0]["areas"] for stdout, _ in answers]
-    assert areas == [after["images"][0]["areas"]] * 3
+    assert (after["stats"]["text_encoder_runs"], after["stats"]["text_cache_hits"]) == (0, 40)
+    found = [json.loads(stdout)["images"][0]["prompts"] for stdout, _ in answers]
+    assert found == [after["images"][0]["prompts"]] * 3
