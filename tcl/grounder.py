@@ -110,6 +110,12 @@ class Grounder(nn.Module):
         self.projection = Projection(visual)
         self.mask = SimilarityToMask()
 
+    def open_gates(self, value: float) -> None:
+        """Set every gate of the decoder; tanh(value) is the share of its convolution that passes."""
+        for block in self.decoder:
+            for branch in (block.conv1, block.conv2):
+                nn.init.constant_(branch.gate.gate, value)
+
     def forward(self, trunk_BLC: Tensor, h: int, w: int) -> Tensor:
         """Embed every cell of the fine grid.
 

@@ -141,6 +141,7 @@ def _finished_grounder(
     torch.manual_seed(config.seed + 1)
     sizes = TCLConfig(clip=config.clip, decoder_blocks=config.grounder.decoder_blocks, kp_w=config.grounder.kp_w)
     model = TCL(sizes, clip)
+    model.grounder.open_gates(config.grounder.initial_gate)
     batches = WorldBatches(config.world, tokenizer, config.grounder_training.batch_size)
     batches.position = _GROUNDER_FIRST_SCENE
     run_stage(
