@@ -115,11 +115,13 @@ class EvaluationConfig:
 
     scenes: how many.
     seed: of their world; must differ from the training world's.
+    threshold_scenes: how many more, of seed + 1, choose the model's background threshold.
     batch_size: images at a time.
     """
 
     scenes: int = 1024
     seed: int = 1_000_003
+    threshold_scenes: int = 256
     batch_size: int = 64
 
 
@@ -163,7 +165,7 @@ class TrainConfig:
         for name, size in (("world.size", self.world.size), ("curriculum.small_size", self.curriculum.small_size)):
             if size % self.clip.patch_size:
                 raise ConfigError(f"{name} ({size}) must be a multiple of clip.patch_size ({self.clip.patch_size})")
-        if self.evaluation.seed == self.world.seed:
+        if self.world.seed in (self.evaluation.seed, self.evaluation.seed + 1):
             raise ConfigError("evaluation.seed equals world.seed: the model would be judged on scenes it has seen")
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Each pixel goes to its best prompt, unless that prompt's score is below the thre
 histogram over (true class, best prompt, score) holds the confusion matrices of all thresholds at once.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -17,10 +17,10 @@ from tclkit.calib import iou_from_confusion, mean_iou
 from tclkit.runtime.tokenizer import Tokenizer
 
 from .batches import images_to_tensor
-from .config import EvaluationConfig, TrainConfig
+from .config import TrainConfig
 from .loop import ProgressCallback, TrainProgress
 from .model import TCL
-from .world import OBJECT_NAMES, TEMPLATES, Scene, WorldConfig, scenes
+from .world import OBJECT_NAMES, TEMPLATES, Scene, scenes
 
 _BINS = 400
 
@@ -120,32 +120,73 @@ def evaluate_on_world(
 ) -> list[WorldScore]:
     """Score MaskCLIP and TCL on unseen scenes, with the present objects as prompts and with all 64 names."""
     settings = config.evaluation
-    world = _evaluation_world(config.world, settings)
-    texts_ND = world_text_embeddings(model, tokenizer)
+    world = replace(config.world, seed=settings.seed)
     methods = scorers(model.eval(), config.grounder.kp_w)
+    sweeps = sweep_thresholds(
+        methods,
+        world_text_embeddings(model, tokenizer),
+        scenes(world, count=settings.scenes),
+        batch_size=settings.batch_size,
+        on_scenes=lambda done: _report(progress, "evaluation", done, settings.scenes),
+    )
+    return [sweep.best(name, prompts) for (name, prompts), sweep in sweeps.items()]
+
+
+def choose_threshold(
+    model: TCL, tokenizer: Tokenizer, config: TrainConfig, *, progress: ProgressCallback | None = None
+) -> float:
+    """The background threshold a user should get, in 0..1.
+
+    The one with the highest mean of both mIoUs (present prompts, all names), on scenes that neither training nor
+    evaluation draws: a user names things that are there and things that are not.
+    """
+    settings = config.evaluation
+    world = replace(config.world, seed=settings.seed + 1)
+    kp_w = config.grounder.kp_w
+    sweeps = sweep_thresholds(
+        {"shipped": lambda images, texts: model.generate_masks(images, texts, kp_w=kp_w)},
+        world_text_embeddings(model.eval(), tokenizer),
+        scenes(world, count=settings.threshold_scenes),
+        batch_size=settings.batch_size,
+        on_scenes=lambda done: _report(progress, "threshold", done, settings.threshold_scenes),
+    )
+    curves = np.stack([mean_iou(sweep.confusions()) for sweep in sweeps.values()])
+    return int(np.nanargmax(curves.mean(0))) / _BINS
+
+
+def sweep_thresholds(
+    methods: Mapping[str, Scorer],
+    texts_ND: Tensor,
+    drawn: Iterator[Scene],
+    *,
+    batch_size: int,
+    on_scenes: Callable[[int], None],
+) -> dict[tuple[str, str], ThresholdSweep]:
+    """Count pixels of all scenes, by (method, "present" or "all") prompts.
+
+    Args:
+        methods: to score with.
+        texts_ND: (64, D) embeddings of OBJECT_NAMES.
+        drawn: the scenes.
+        batch_size: images at a time.
+        on_scenes: called with the number of scenes done.
+    """
     sweeps = {(name, prompts): ThresholdSweep(len(OBJECT_NAMES)) for name in methods for prompts in ("present", "all")}
+    every = np.arange(len(OBJECT_NAMES))
     done = 0
-    for batch in _grouped(scenes(world, count=settings.scenes), settings.batch_size):
+    while batch := list(islice(drawn, batch_size)):
         images = images_to_tensor(np.stack([one.image for one in batch]))
         for name, scorer in methods.items():
             scores_BNHW = scorer(images, texts_ND).numpy()
             for one, scores_NHW in zip(batch, scores_BNHW, strict=True):
-                every, present = np.arange(len(OBJECT_NAMES)), np.array(one.present, np.int64)
+                present = np.array(one.present, np.int64)
                 sweeps[name, "all"].add(scores_NHW, every, one.label_map)
-                if present.size:
-                    sweeps[name, "present"].add(scores_NHW[present], present, one.label_map)
+                sweeps[name, "present"].add(scores_NHW[present], present, one.label_map)
         done += len(batch)
-        if progress:
-            progress(TrainProgress(stage="evaluation", step=done, steps=settings.scenes, losses={}))
-    return [sweep.best(name, prompts) for (name, prompts), sweep in sweeps.items()]
+        on_scenes(done)
+    return sweeps
 
 
-def _evaluation_world(world: WorldConfig, settings: EvaluationConfig) -> WorldConfig:
-    from dataclasses import replace
-
-    return replace(world, seed=settings.seed)
-
-
-def _grouped(stream: Iterator[Scene], size: int) -> Iterator[list[Scene]]:
-    while group := list(islice(stream, size)):
-        yield group
+def _report(progress: ProgressCallback | None, stage: str, done: int, scenes: int) -> None:
+    if progress:
+        progress(TrainProgress(stage=stage, step=done, steps=scenes, losses={}))

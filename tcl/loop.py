@@ -24,7 +24,7 @@ _LOG_EVERY = 10
 class TrainProgress:
     """What a progress display needs after each step.
 
-    stage: "clip", "grounder" or "evaluation"; step, steps: done and in all; losses: of this step.
+    stage: "clip", "grounder", "threshold" or "evaluation"; step, steps: done and in all; losses: of this step.
     """
 
     stage: str

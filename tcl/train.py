@@ -32,7 +32,7 @@ from .checkpoint import save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import TrainConfig
-from .evaluate import WorldScore, evaluate_on_world
+from .evaluate import WorldScore, choose_threshold, evaluate_on_world
 from .grounder_training import GrounderStage
 from .loop import ProgressCallback, run_stage
 from .model import TCL, TCLConfig
@@ -86,7 +86,8 @@ def train(
     model = _finished_grounder(config, folder, tokenizer, clip, progress)
     checkpoint = folder / "tcl.pt"
     if not checkpoint.exists():
-        save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json))
+        threshold = choose_threshold(model, tokenizer, config, progress=progress)
+        save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json, threshold))
     scores = _scores(config, folder, model, tokenizer, progress)
     return TrainingResult(checkpoint=checkpoint, scores=scores, seconds=time.monotonic() - began)
 
@@ -178,7 +179,7 @@ def _tokenizer_json(clip: ClipConfig) -> str:
     return tokenizer_json
 
 
-def _extra(config: TrainConfig, tokenizer_json: str) -> dict[str, Any]:
+def _extra(config: TrainConfig, tokenizer_json: str, threshold: float) -> dict[str, Any]:
     """What the exporter needs besides weights."""
     return {
         "name": config.name,
@@ -186,6 +187,7 @@ def _extra(config: TrainConfig, tokenizer_json: str) -> dict[str, Any]:
         "tokenizer_json": tokenizer_json,
         "templates": list(TEMPLATES),
         "image_size": config.world.size,
+        "thresholds": {"background": threshold, "background_pamr": threshold},
         "vocabulary": {
             "note": "This model knows a small world of coloured shapes only.",
             "words": [*COLOURS, *SHAPES],

@@ -35,6 +35,7 @@ TINY = [
     "grounder_training.warmup_steps=2",
     "grounder.decoder_only_steps=3",
     "evaluation.scenes=8",
+    "evaluation.threshold_scenes=4",
     "evaluation.batch_size=4",
     "save_every=2",
 ]
@@ -69,9 +70,10 @@ def test_a_run_leaves_a_model_scores_and_a_log(tiny: TrainConfig, tmp_path: Path
     assert {(s.method, s.prompts) for s in result.scores} == {
         (method, prompts) for method in ("MaskCLIP", "TCL", "TCL + 0.3 KP") for prompts in ("present", "all")
     }
-    extra = load_checkpoint(result.checkpoint)
+    extra = load_checkpoint(result.checkpoint)["extra"]
+    assert {"tokenizer_json", "templates", "vocabulary", "image_size"} <= extra.keys()
+    assert 0 <= extra["thresholds"]["background"] <= 1
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["scores"]
-    assert "tokenizer_json" in str(extra.keys()) or "tokenizer_json" in extra.get("extra", {})
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"clip", "grounder"}
 
@@ -155,6 +157,6 @@ def test_another_runs_clip_can_be_taken(tiny: TrainConfig, tmp_path: Path) -> No
     shared = replace(tiny, clip_checkpoint=str(tmp_path / "first" / "clip.pt"))
     stages: set[str] = set()
     train(shared, run_folder=tmp_path / "second", progress=lambda p: stages.add(p.stage))
-    assert stages == {"grounder", "evaluation"}
+    assert stages == {"grounder", "threshold", "evaluation"}
     with pytest.raises(ConfigError, match="does not exist"):
         train(replace(tiny, clip_checkpoint=str(tmp_path / "none.pt")), run_folder=tmp_path / "third")
