@@ -54,7 +54,7 @@ def labels_from_masks(masks_Nhw: NDArray[np.float32], size: tuple[int, int], thr
         for index, mask in enumerate(strip_NHW):
             is_higher = mask > best
             np.copyto(label, np.int16(index), where=is_higher)
-            np.copyto(best, mask, where=is_higher)
+            np.maximum(best, mask, out=best)
         bins = label.ravel().astype(np.intp) + 1
         pixels += np.bincount(bins, minlength=count + 1)
         sums += np.bincount(bins, weights=best.ravel(), minlength=count + 1)

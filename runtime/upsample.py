@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-_STRIP_BYTES = 1 << 21  # one plane of a strip stays in the processor's cache
+_STRIP_BYTES = 1 << 20  # a strip of all masks stays in the processor's cache
 
 
 def resize_masks(masks_Nhw: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -45,7 +45,7 @@ def resized_strips(
     above = np.minimum(position.astype(np.intp), source_height - 1)
     below = np.minimum(above + 1, source_height - 1)
     share = (position - above).astype(np.float32)[:, None]
-    rows_per_strip = max(1, _STRIP_BYTES // (4 * width))
+    rows_per_strip = max(1, _STRIP_BYTES // (4 * width * max(1, len(masks_Nhw))))
     for start in range(0, height, rows_per_strip):
         rows = slice(start, min(start + rows_per_strip, height))
         strip = wide[:, below[rows]] - wide[:, above[rows]]

@@ -37,4 +37,4 @@ def test_no_masks_and_one_pixel() -> None:
 
 def test_strips_are_small_for_large_images() -> None:
     masks = np.zeros((3, 8, 8), np.float32)
-    assert max(strip.nbytes for _, strip in resized_strips(masks, (3000, 4000))) <= 3 * (1 << 21)
+    assert max(strip.nbytes for _, strip in resized_strips(masks, (3000, 4000))) <= 1 << 20
