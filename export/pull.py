@@ -104,8 +104,8 @@ def _published(name: str) -> PublishedModel:
     if name in (bundle.folder.name for bundle in list_bundles()):
         hint = " One of this name is installed already."
     raise InputError(
-        f"there is no published model {name!r}.{hint} Published: {', '.join(PUBLISHED_MODELS)}. A checkpoint of your own "
-        "becomes a bundle with tclkit export CHECKPOINT -o FOLDER",
+        f"there is no published model {name!r}.{hint} Published: {', '.join(PUBLISHED_MODELS)}. A checkpoint of your "
+        "own becomes a bundle with tclkit export CHECKPOINT -o FOLDER",
         name=name,
     )
 

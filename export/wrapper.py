@@ -43,8 +43,7 @@ class ImageGraph(nn.Module):
         with_kp: whether the KP branch is computed.
     """
 
-    class_token: Tensor
-    positions: Tensor
+    tokens: Tensor
 
     def __init__(self, model: TCL, size: tuple[int, int], *, with_kp: bool = True) -> None:
         super().__init__()
@@ -54,12 +53,13 @@ class ImageGraph(nn.Module):
         self.grid = (size[0] // patch, size[1] // patch)
         self.patches = _patch_embedding(visual)
         positions_LC = position_embedding(visual, *self.grid).detach()
-        self.register_buffer("class_token", visual.class_embedding.detach() + positions_LC[0])  # (C,)
-        self.register_buffer("positions", positions_LC[1:].clone())  # (hw, C)
+        first_LC = F.pad(visual.class_embedding.detach()[None], (0, 0, 0, len(positions_LC) - 1))
+        self.register_buffer("tokens", positions_LC + first_LC)  # (1 + hw, C) what every image starts from
         self.ln_pre = copy.deepcopy(visual.ln_pre)
         self.trunk = nn.Sequential(*(_Block(block) for block in visual.transformer.resblocks[:-1]))
         self.grounder = _Grounder(grounder)
         self.kp = _KeyPatches(visual) if with_kp else None
+        self.eval().requires_grad_(False)
 
     def forward(self, image_BHWC: Tensor) -> tuple[Tensor, ...]:
         """Embed images.
@@ -74,9 +74,10 @@ class ImageGraph(nn.Module):
 
     def features(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """The same from a float image on the scale of 0 to 255, channels first."""
-        patches_BLC = self.patches(image_BCHW).flatten(2).transpose(1, 2) + self.positions
-        class_BLC = self.class_token.expand(patches_BLC.shape[0], 1, -1)
-        x_BLC = self.trunk(self.ln_pre(torch.cat([class_BLC, patches_BLC], dim=1)))[:, 1:]
+        patches_BLC = self.patches(image_BCHW).flatten(2).transpose(1, 2)
+        # Room for the class token by padding: expanding it would ask for the shape of the bytes, which TensorRT refuses.
+        x_BLC = F.pad(patches_BLC, (0, 0, 1, 0)) + self.tokens
+        x_BLC = self.trunk(self.ln_pre(x_BLC))[:, 1:]
         grounded = self.grounder(x_BLC, *self.grid)
         return (grounded,) if self.kp is None else (grounded, self.kp(x_BLC, *self.grid))
 
@@ -90,6 +91,7 @@ class MasksGraph(nn.Module):
         self.scale, self.shift = mask.scale.item(), mask.shift.item()
         self.mask_scale = model.config.mask_scale
         self.with_kp = with_kp
+        self.eval()
 
     def forward(self, grounded: Tensor, text: Tensor, kp: Tensor | None = None, kp_w: Tensor | None = None) -> Tensor:
         """Compare features with texts.
@@ -128,6 +130,7 @@ class TextGraph(nn.Module):
         self.blocks = nn.ModuleList(_Block(block) for block in clip.transformer.resblocks)
         self.ln_final = copy.deepcopy(clip.ln_final)
         self.projection = _linear(clip.text_projection.detach().T)
+        self.eval().requires_grad_(False)
 
     def forward(self, token_ids_ML: Tensor) -> Tensor:
         """Embed texts.
@@ -320,10 +323,14 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def _with_weights(module: _M, weight: Tensor, bias: Tensor | None) -> _M:
-    module.weight = nn.Parameter(weight.detach().float())
+    module.weight = _own(weight)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach().float())
+        module.bias = _own(bias)
     return module
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(torch.float32, copy=True).contiguous())
 
 
 def _double(tensor: Tensor | None) -> Tensor:

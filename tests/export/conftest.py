@@ -1,13 +1,22 @@
-"""A small web server on this machine that can misbehave."""
+"""What the tests of export share: small models, their bundles, and a web server that can misbehave."""
 
 import http.server
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from tclkit.export import export_bundle
+from tclkit.tcl import TCL, ClipConfig, TCLConfig, load_model, save_checkpoint, tokenizer_file
+from tclkit.tcl.tokenizer_file import pruned_tokenizer_json, vocabulary_size
+
+WORDS = ["a photo of a red circle.", "two green stars"]
 
 
 @dataclass
@@ -105,3 +114,84 @@ def site() -> Iterator[FileServer]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden: Path) -> TCL:
+    """The authors' tiny model, for reading only."""
+    return load_model(golden / "official_learned.pth", clip=golden / "clip_tiny.pt")
+
+
+@pytest.fixture(scope="session")
+def golden_tokenizer_json() -> str:
+    """A tokenizer of 1024 tokens, as many as the tiny golden CLIP knows."""
+    merges = tokenizer_file._clip_merges()[: 1024 - 2 * 256 - 2]
+    return tokenizer_file._tokenizer_json(merges)
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(golden: Path, golden_tokenizer_json: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the authors' tiny model in two sizes, for reading only."""
+    return export_bundle(
+        golden / "official_learned.pth",
+        tmp_path_factory.mktemp("bundles") / "golden",
+        clip=golden / "clip_tiny.pt",
+        sizes=[(64, 64), (96, 80)],
+        tokenizer_json=golden_tokenizer_json,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_json() -> str:
+    """The tokenizer of `make_model`'s text encoder."""
+    return pruned_tokenizer_json(WORDS)
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_tokenizer_json: str) -> Callable[..., TCL]:
+    """make_model(patch_size=8, decoder_blocks=1, ...): a small TCL on random weights whose every part counts."""
+
+    def make(decoder_blocks: int = 2, **changes: Any) -> TCL:
+        values: dict[str, Any] = {
+            "embed_dim": 24,
+            "image_size": 64,
+            "patch_size": 16,
+            "vision_width": 32,
+            "vision_layers": 2,
+            "vision_head_width": 16,
+            "context_length": 12,
+            "vocab_size": vocabulary_size(tiny_tokenizer_json),
+            "text_width": 16,
+            "text_heads": 2,
+            "text_layers": 2,
+            "quick_gelu": False,
+        }
+        torch.manual_seed(0)
+        model = TCL(TCLConfig(clip=ClipConfig(**{**values, **changes}), decoder_blocks=decoder_blocks))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("gate.gate"):
+                    parameter.fill_(0.6)
+                elif parameter.ndim == 1 or "positional" in name or "class_embedding" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def tiny_checkpoint(make_model: Callable[..., TCL], tiny_tokenizer_json: str, tmp_path: Path) -> Path:
+    """A checkpoint of ours that says everything about itself that the exporter can use."""
+    path = tmp_path / "tcl.pt"
+    extra = {
+        "name": "tiny-shapes",
+        "description": "knows circles",
+        "tokenizer_json": tiny_tokenizer_json,
+        "templates": ["a {}.", "a photo of a {}."],
+        "image_size": 48,
+        "vocabulary": {"note": "knows circles only", "words": ["circle", "red"]},
+        "thresholds": {"background": 0.45},
+        "train_config": {"seed": 0},
+    }
+    save_checkpoint(path, make_model(), extra=extra)
+    return path
