@@ -33,6 +33,7 @@ def draw_overlay(
     *,
     opacity: float = 0.6,
     legend: bool = True,
+    compare: bool = False,
     font: str | Path | None = None,
 ) -> NDArray[np.uint8]:
     """Colour the labelled pixels of a picture, outline them, and add a legend with prompts and percent of area.
@@ -47,10 +48,11 @@ def draw_overlay(
         opacity: of the colours, in [0, 1]; 0 leaves outlines alone.
         legend: add a panel outside the picture, below a wide one, right of others. Tiny pictures are then magnified by
             a whole number.
+        compare: put the untouched picture before the coloured one, left of it or above a very wide one.
         font: a font file for prompts in scripts that the built-in font lacks; without it they are spelled out.
 
     Returns:
-        (H', W', 3) uint8; of the picture's own size without a legend.
+        (H', W', 3) uint8; of the picture's own size with neither legend nor comparison.
 
     Raises:
         InputError: not an image, a label map of another size or with labels that have no name, or a bad opacity.
@@ -63,6 +65,8 @@ def draw_overlay(
     picture = _magnified(image_hwc, zoom)
     labels = _magnified(label_map, zoom)
     overlay = _coloured(picture, labels, len(names), opacity)
+    if compare:
+        overlay = _beside(picture, overlay)
     if not legend:
         return overlay
     return _with_legend(overlay, _legend_rows(label_map, names), font)
@@ -117,6 +121,16 @@ def _near_edges(labels: NDArray[np.int16], distance: int) -> NDArray[np.bool_]:
     """Pixels with another label within a square of `distance` pixels around them."""
     kernel = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
     return np.asarray(cv2.dilate(labels, kernel) != cv2.erode(labels, kernel))
+
+
+def _beside(picture: NDArray[np.uint8], overlay: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = picture.shape[:2]
+    axis = 0 if width > 2 * height else 1
+    gap_shape = [height, width, 3]
+    gap_shape[axis] = max(2, round(_CONTOUR_SHARE * math.sqrt(height * width)) * 2)
+    gap = np.empty(gap_shape, np.uint8)
+    gap[:] = PANEL_RGB
+    return np.concatenate([picture, gap, overlay], axis=axis)
 
 
 def _legend_rows(label_map: NDArray[np.int16], names: Sequence[str]) -> list[LegendRow]:

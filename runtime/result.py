@@ -108,15 +108,34 @@ class Segmentation:
         return regions_from_label_map(self.label_map, self.names, min_area_px=min_area_px, simplify_px=simplify_px)
 
     def overlay(
-        self, *, opacity: float = 0.6, legend: bool = True, font: str | Path | None = None
+        self,
+        *,
+        opacity: float = 0.6,
+        legend: bool = True,
+        compare: bool = False,
+        font: str | Path | None = None,
     ) -> NDArray[np.uint8]:
         """Draw the image with coloured pixels and a legend: (H', W', 3) uint8; see `draw_overlay`."""
         from .drawing import draw_overlay
 
-        return draw_overlay(self.image_hwc, self.label_map, self.names, opacity=opacity, legend=legend, font=font)
+        return draw_overlay(
+            self.image_hwc,
+            self.label_map,
+            self.names,
+            opacity=opacity,
+            legend=legend,
+            compare=compare,
+            font=font,
+        )
 
     def save_overlay(
-        self, path: str | Path, *, opacity: float = 0.6, legend: bool = True, font: str | Path | None = None
+        self,
+        path: str | Path,
+        *,
+        opacity: float = 0.6,
+        legend: bool = True,
+        compare: bool = False,
+        font: str | Path | None = None,
     ) -> Path:
         """Write the overlay to a PNG, JPEG, WebP, BMP or TIFF file, whole or not at all; returns its path.
 
@@ -126,7 +145,7 @@ class Segmentation:
         path = Path(path)
         if path.suffix.lower() not in _FORMATS:
             raise InputError(f"{path} should end in one of {', '.join(_FORMATS)}", path=str(path))
-        overlay = self.overlay(opacity=opacity, legend=legend, font=font)
+        overlay = self.overlay(opacity=opacity, legend=legend, compare=compare, font=font)
         _write_image(overlay, path, _FORMATS[path.suffix.lower()])
         return path
 

@@ -55,6 +55,17 @@ def test_the_colour_does_not_depend_on_the_pictures_hue() -> None:
     np.testing.assert_allclose(red[50, 20].astype(int), grey[50, 20].astype(int), atol=1)
 
 
+@pytest.mark.parametrize(("size", "axis"), [((300, 500), 1), ((100, 600), 0), ((600, 100), 1)])
+def test_compare_puts_the_untouched_picture_first(size: tuple[int, int], axis: int) -> None:
+    image, label_map = scene(*size)
+    both = draw_overlay(image, label_map, ["a"], legend=False, compare=True)
+    np.testing.assert_array_equal(both[: size[0], : size[1]], image)
+    overlay = draw_overlay(image, label_map, ["a"], legend=False)
+    np.testing.assert_array_equal(both[-size[0] :, -size[1] :], overlay)
+    assert both.shape[1 - axis] == size[1 - axis]
+    assert draw_overlay(image, label_map, ["a"], compare=True).size > both.size
+
+
 def test_the_picture_is_not_changed_and_views_are_taken() -> None:
     image, label_map = scene(100, 100)
     overlay = draw_overlay(image[::-1, :, ::-1], label_map[::-1], ["a"])
