@@ -7,6 +7,7 @@ numpy scalars) both give up their tensors, and a hostile file gives up nothing.
 """
 
 import collections
+import math
 import pickle
 import struct
 import zipfile
@@ -42,9 +43,11 @@ DAMAGE = (
     zlib.error,
     struct.error,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     TypeError,
@@ -97,8 +100,8 @@ def _tensor(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int
     if not isinstance(storage, torch.Tensor):
         raise pickle.UnpicklingError("a tensor without a storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    empty = any(n == 0 for n in size)
-    if min([offset, *size, *stride]) < 0 or (not empty and last >= storage.numel()):
+    count = math.prod(size)  # a stride of 0 could claim more numbers than there are
+    if min([offset, *size, *stride]) < 0 or count > storage.numel() or (count and last >= storage.numel()):
         raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} reaches outside its storage")
     return torch.as_strided(storage, tuple(size), tuple(stride), offset)
 
@@ -140,7 +143,7 @@ _ALLOWED.update(
 )
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to any memo index a file names
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(archive.open(f"{root}/data.pkl"), encoding="utf-8")
         self._archive = archive
@@ -211,6 +214,8 @@ def state_dict_from_modules(module: Any, prefix: str = "") -> dict[str, torch.Te
     tensors: dict[str, torch.Tensor] = {}
     state = module.state if isinstance(module, Inert) and isinstance(module.state, dict) else {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            continue
         if isinstance(value, torch.Tensor):
             tensors[prefix + name] = value
         elif isinstance(value, Inert):

@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return _checked_own(content, path)
     state = content.get("model", content)
     if isinstance(state, Mapping) and is_official(state):
-        model = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        model = {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
         extra = {key: plain_from_inert(content[key]) for key in ("step", "metrics") if key in content}
         config = plain_from_inert(content.get("config"))
         return {

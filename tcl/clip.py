@@ -231,7 +231,10 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
 def _unwrap(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     inner = state.get("state_dict")
     state = inner if isinstance(inner, Mapping) else state
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _is_openai(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -45,7 +45,7 @@ _RECIPE = {
 
 def is_official(state: Mapping[str, Any]) -> bool:
     """Whether a state dict has the authors' names."""
-    return any(name.startswith("masker.") for name in state)
+    return any(isinstance(name, str) and name.startswith("masker.") for name in state)
 
 
 def our_name(official_name: str) -> str | None:

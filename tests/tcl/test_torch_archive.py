@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tclkit.runtime.errors import CheckpointError
+from tclkit.tcl import load_checkpoint, load_clip
 from tclkit.tcl._torch_archive import Inert, is_torchscript, plain_from_inert, read_archive, state_dict_from_modules
 
 
@@ -112,6 +113,7 @@ def test_a_good_handmade_archive(tmp_path):
         (-1, (2,), (1,), 4, "reaches outside"),
         (0, (2,), (-1,), 4, "reaches outside"),
         (0, (2, 2), (1, 9), 4, "reaches outside"),
+        (0, (10**12,), (0,), 4, "reaches outside"),
         (0, (4,), (1,), 5, "has 16 bytes, expected 20"),
         (0, (4,), (1,), 10**15, "expected 4000000000000000"),
     ],
@@ -133,6 +135,19 @@ def test_broken_pickles_are_refused(pickled, tmp_path):
     archive(tmp_path / "t.pt", pickled, {})
     with pytest.raises(CheckpointError, match="is damaged"):
         read_archive(tmp_path / "t.pt")
+
+
+def test_a_huge_memo_index_costs_nothing(tmp_path):
+    archive(tmp_path / "t.pt", b"\x80\x02]r\xff\xff\xff\xff.", {})
+    assert read_archive(tmp_path / "t.pt") == []
+
+
+def test_names_that_are_no_strings_are_passed_over(tmp_path):
+    torch.save({("a", 1): torch.zeros(1), 2: torch.zeros(1)}, tmp_path / "t.pt")
+    with pytest.raises(CheckpointError, match="no CLIP with a ViT"):
+        load_clip(tmp_path / "t.pt")
+    with pytest.raises(CheckpointError, match="no TCL checkpoint"):
+        load_checkpoint(tmp_path / "t.pt")
 
 
 def test_a_function_becomes_a_stand_in(tmp_path):
