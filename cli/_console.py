@@ -65,8 +65,8 @@ def plain(text: object) -> str:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document on stdout; ASCII only, so that any pipe takes it."""
-    typer.echo(json.dumps(document, indent=2, allow_nan=False))
+    """Print one JSON document on stdout: indented at a terminal, else one line, in ASCII that any pipe takes."""
+    typer.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None, allow_nan=False))
 
 
 def size_text(size_bytes: int) -> str:

@@ -96,7 +96,7 @@ def _what_next(segmenter: "Segmenter", samples: list[Sample], folder: Path, over
     say(f"  {_command('tclkit', 'segment', str(folder), *samples[0].prompts[:1])}    the whole folder")
     vocabulary = segmenter.bundle.manifest.vocabulary
     if vocabulary is not None:
-        say(f"This model is a toy: {vocabulary.note}")
+        say(vocabulary.note)
     say("For photographs:")
     say("  tclkit pull tcl-vit-b-16")
     say("  tclkit segment photo.jpg 'a dog' grass --model tcl-vit-b-16")
