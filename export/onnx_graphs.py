@@ -29,7 +29,7 @@ _HALVED_FROM_SIZE = 1024  # elements; smaller tensors gain nothing
 # fmt: off
 OPERATORS = frozenset([
     "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "Div", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
-    "LayerNormalization", "MatMul", "Max", "Mul", "Pad", "ReduceL2", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
+    "LayerNormalization", "MatMul", "Mul", "Pad", "ReduceL2", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
     "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
 ])
 # fmt: on

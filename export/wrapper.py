@@ -75,7 +75,8 @@ class ImageGraph(nn.Module):
     def features(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """The same from a float image on the scale of 0 to 255, channels first."""
         patches_BLC = self.patches(image_BCHW).flatten(2).transpose(1, 2)
-        # Room for the class token by padding: expanding it would ask for the shape of the bytes, which TensorRT refuses.
+        # Room for the class token by padding: to expand it, the graph would ask for the shape of the bytes, which is
+        # not in the table of what TensorRT 10.1 does with bytes.
         x_BLC = F.pad(patches_BLC, (0, 0, 1, 0)) + self.tokens
         x_BLC = self.trunk(self.ln_pre(x_BLC))[:, 1:]
         grounded = self.grounder(x_BLC, *self.grid)
