@@ -143,7 +143,13 @@ def _finished_grounder(
     sizes = TCLConfig(clip=config.clip, decoder_blocks=config.grounder.decoder_blocks, kp_w=config.grounder.kp_w)
     model = TCL(sizes, clip)
     model.grounder.open_gates(config.grounder.initial_gate)
-    batches = WorldBatches(config.world, tokenizer, config.grounder_training.batch_size)
+    batches = WorldBatches(
+        config.world,
+        tokenizer,
+        config.grounder_training.batch_size,
+        distinct="names",
+        colours=config.grounder.colours_per_batch,
+    )
     batches.position = _GROUNDER_FIRST_SCENE
     run_stage(
         GrounderStage(config, model, batches),
@@ -198,6 +204,7 @@ def _extra(config: TrainConfig, tokenizer_json: str, threshold: float) -> dict[s
 
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:
     values = config.to_dict()
+    values["grounder"].pop("kp_w")  # changes what is made of the model, not the model
     return {name: values[name] for name in ("seed", "precision", *sections)}
 
 
