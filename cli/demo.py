@@ -48,8 +48,8 @@ def demo(
     copy_samples(samples, output)
     segmenter = Segmenter.open(DEFAULT_MODEL)
     image, overlay = output / first.file, output / f"{Path(first.file).stem}{OVERLAY_ENDING}"
-    result = segmenter(load_image(image), list(first.prompts))
-    result.save_overlay(overlay)
+    result = segmenter(load_image(image), list(first.prompts), pamr=True)
+    result.save_overlay(overlay, compare=True)
     say(f"model    {segmenter.bundle.name}: {segmenter.bundle.manifest.description}")
     say(f"image    {image}")
     say(f"prompts  {', '.join(first.prompts)}\n")

@@ -24,7 +24,12 @@ class Resume(str, Enum):
 def train(
     config: Annotated[
         str,
-        typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a configuration that ships with tclkit."),
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="CONFIG",
+            help="A TOML file, or the name of a configuration that ships with tclkit.",
+        ),
     ] = "tcl-shapes",
     run_folder: Annotated[
         Path | None,

@@ -46,7 +46,7 @@ def _temporary_sibling(path: Path) -> Path:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, else removed.
 
-    The target's suffix is kept at the front of the temporary name's, so write through an explicit format, not by suffix.
+    The temporary name does not keep the target's suffix: write in an explicit format.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path` whole, else it is removed.
 
-    An existing folder at `path` is moved aside first and removed last, so that it is lost only once its successor stands.
+    An existing folder there is moved aside first and removed last: it is lost only once its successor stands.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ def dataclass_from_dict(kind: type[T], values: Mapping[str, Any], where: str) ->
         where: what the values belong to, for the message.
 
     Raises:
-        ConfigError: a key is unknown (the nearest valid name is given), or a required one is missing.
+        ConfigError: a key is unknown (the nearest valid name is given), a required one is missing, or a value is not of
+            the type that a field of int, float, str or bool says.
     """
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     for key in values:
@@ -27,6 +28,8 @@ def dataclass_from_dict(kind: type[T], values: Mapping[str, Any], where: str) ->
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(fields)}."
             raise ConfigError(f"unknown key {key!r} in {where}; {hint}", key=key)
+    for key, value in values.items():
+        _require_scalar(key, value, fields[key].type, where)
     required = [
         name
         for name, field in fields.items()
@@ -36,3 +39,17 @@ def dataclass_from_dict(kind: type[T], values: Mapping[str, Any], where: str) ->
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; add them.", missing=missing)
     return kind(**values)
+
+
+_SCALARS: dict[object, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+}
+
+
+def _require_scalar(key: str, value: object, wanted: object, where: str) -> None:
+    kinds, name = _SCALARS.get(wanted, ((object,), ""))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and name):
+        raise ConfigError(f"{key} in {where} must be {name}, not {value!r}.", key=key)

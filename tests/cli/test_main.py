@@ -18,7 +18,7 @@ OPTIONS = {
     "--pamr --kp --fit --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --debug",
-    "train": "config --output -o --set --resume --debug",
+    "train": "--config -c --output -o --set --resume --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",
 }

@@ -21,7 +21,7 @@ TINY = """
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    return ["train", "tcl-shapes", *(part for override in TINY.split() for part in ("--set", override))]
+    return ["train", "--config", "tcl-shapes", *(part for override in TINY.split() for part in ("--set", override))]
 
 
 def test_training_ends_with_scores_and_the_next_command(invoke: Invoke, arguments: list[str]) -> None:
@@ -58,7 +58,7 @@ def test_a_wrong_override_is_one_line(invoke: Invoke, arguments: list[str], more
 
 
 def test_an_unknown_configuration_is_one_line(invoke: Invoke) -> None:
-    result = invoke("train", "tcl-circles")
+    result = invoke("train", "--config", "tcl-circles")
     assert result.exit_code == 1
     assert "tcl-circles" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -62,3 +62,19 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     path.write_text("name = ")
     with pytest.raises(ConfigError, match="not a TOML file"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("clip_training.steps=many", "steps in .* must be a whole number, not 'many'"),
+        ("clip_training.steps=1.5", "steps in .* must be a whole number, not 1.5"),
+        ("clip_training.steps=true", "steps in .* must be a whole number, not True"),
+        ("clip_training.lr=fast", "lr in .* must be a number, not 'fast'"),
+        ("clip.quick_gelu=1", "quick_gelu in .* must be true or false, not 1"),
+        ("name=3", "name in .* must be a text, not 3"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_config("tcl-shapes", [override])

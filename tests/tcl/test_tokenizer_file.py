@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tclkit.runtime.errors import ExportError
 from tclkit.tcl import tokenizer_file
 from tclkit.tcl.tokenizer_file import clip_tokenizer_json, pruned_tokenizer_json, vocabulary_size
-from tclkit.runtime.errors import ExportError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STRINGS = json.loads((GOLDEN / "tokenizer_strings.json").read_text())["strings"]
