@@ -1,7 +1,6 @@
 """Batches of the synthetic world for training: seeded, endless, resumable by one number."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from tclkit.runtime.tokenizer import Tokenizer
 
-from .world import COLOURS, Scene, WorldConfig, scene
+from .world import Scene, WorldConfig, scene
 
 # ImageNet's statistics, which TCL uses instead of CLIP's (per RGB channel, of values in 0..255).
 IMAGE_MEAN = (123.675, 116.28, 103.53)
@@ -32,43 +31,23 @@ def images_to_tensor(images_BHWC: np.ndarray) -> Tensor:
 
 
 class WorldBatches:
-    """Draws batches without pairs that would be each other's false negatives.
+    """Draws batches in which no two captions are equal, since equal ones would be each other's false negatives.
 
     position: index of the next scene; set it to continue an earlier run.
     """
 
-    def __init__(
-        self,
-        world: WorldConfig,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        *,
-        distinct: Literal["captions", "names"] = "captions",
-        colours: int = 0,
-    ) -> None:
-        """Start at scene 0.
-
-        Args:
-            world: what to draw from.
-            tokenizer: of the captions.
-            batch_size: pairs in a batch.
-            distinct: no two captions of a batch are equal, or no two name the same objects.
-            colours: how many colours a batch has; with few of them, shapes must tell texts apart. 0: all.
-        """
+    def __init__(self, world: WorldConfig, tokenizer: Tokenizer, batch_size: int) -> None:
         self._world, self._tokenizer, self._batch_size = world, tokenizer, batch_size
-        self._distinct, self._colours = distinct, colours
         self.position = 0
 
     def next(self, world: WorldConfig | None = None) -> Batch:
         """Draw the next batch, from another world than usual when one is given."""
         world = world or self._world
-        order = np.random.default_rng((world.seed, self.position)).permutation(list(COLOURS))
-        colours = tuple(order[: self._colours or len(COLOURS)].tolist())
-        drawn: dict[object, Scene] = {}
+        drawn: dict[str, Scene] = {}
         while len(drawn) < self._batch_size:
-            candidate = scene(world, self.position, colours=colours)
+            candidate = scene(world, self.position)
             self.position += 1
-            drawn.setdefault(candidate.caption if self._distinct == "captions" else candidate.named, candidate)
+            drawn.setdefault(candidate.caption, candidate)
         images = np.stack([one.image for one in drawn.values()])
-        token_ids = self._tokenizer.encode([one.caption for one in drawn.values()])
+        token_ids = self._tokenizer.encode(list(drawn))
         return Batch(images_to_tensor(images), torch.from_numpy(token_ids))

@@ -100,14 +100,12 @@ class GrounderConfig:
     decoder_only_steps: steps before the grounder's CLIP block learns too.
     initial_gate: where the decoder's gates start. The authors' 0 needs their 50,000 steps to open: an optimiser moves a
         gate by the learning rate a step at most.
-    colours_per_batch: how many colours the scenes of a batch have, so that shapes must tell its texts apart; 0: all.
     kp_w: weight of the KP branch in the finished model.
     """
 
     decoder_blocks: int = 2
     initial_gate: float = 0.0
     decoder_only_steps: int = 0
-    colours_per_batch: int = 0
     kp_w: float = 0.3
 
 

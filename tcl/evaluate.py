@@ -4,28 +4,29 @@ Each pixel goes to its best prompt, unless that prompt's score is below the thre
 histogram over (true class, best prompt, score) holds the confusion matrices of all thresholds at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tclkit.calib import iou_from_confusion, mean_iou
+from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.tokenizer import Tokenizer
+from tclkit.runtime.upsample import resize_masks
 
 from .batches import images_to_tensor
 from .config import TrainConfig
 from .loop import ProgressCallback, TrainProgress
-from .model import TCL
+from .model import TCL, kp_masks, similarity
 from .world import OBJECT_NAMES, TEMPLATES, Scene, scenes
 
 _BINS = 400
-
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""(images (B, 3, H, W) normalised, text embeddings (N, D)) -> scores (B, N, H, W) in 0..1."""
+_IMAGES_COUNTED_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,7 @@ class ThresholdSweep:
     def __init__(self, names: int) -> None:
         self._names = names
         self._counts = np.zeros((names + 1) * names * _BINS, np.int64)
+        self._pending: list[npt.NDArray[np.int64]] = []  # counted together: the histogram is larger than an image
 
     def add(
         self,
@@ -68,10 +70,18 @@ class ThresholdSweep:
         bins = np.clip((score * _BINS).astype(np.int64), 0, _BINS - 1)
         truth = np.where(label_map < 0, self._names, label_map).astype(np.int64)
         flat = (truth * self._names + name_of_prompt[best]) * _BINS + bins
-        self._counts += np.bincount(flat.ravel(), minlength=self._counts.size)
+        self._pending.append(flat.ravel())
+        if len(self._pending) == _IMAGES_COUNTED_TOGETHER:
+            self._count_pending()
+
+    def _count_pending(self) -> None:
+        if self._pending:
+            self._counts += np.bincount(np.concatenate(self._pending), minlength=self._counts.size)
+            self._pending.clear()
 
     def confusions(self) -> npt.NDArray[np.int64]:
         """Confusion matrices (_BINS, K+1, K+1) for the thresholds 0, 1/_BINS, ...; background is the last class."""
+        self._count_pending()
         counts = self._counts.reshape(self._names + 1, self._names, _BINS)
         kept = counts[..., ::-1].cumsum(-1)[..., ::-1]  # pixels whose score reaches the threshold
         dropped = counts.sum(-1, keepdims=True) - kept
@@ -93,19 +103,37 @@ class ThresholdSweep:
         )
 
 
-def scorers(model: TCL, kp_w: float) -> dict[str, Scorer]:
-    """The methods to compare, all on the same CLIP weights: MaskCLIP, TCL alone, TCL with the KP branch mixed in.
+def masks_by_method(
+    model: TCL, images_BHWC: npt.NDArray[np.uint8], texts_ND: Tensor, kp_w: float
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Soft masks (B, N, H, W) of the methods to compare, all on the same CLIP weights.
 
     MaskCLIP (Zhou et al., ECCV 2022) is CLIP's last block attending to itself only: the KP branch alone. Its cosine
-    goes through sigmoid(10·(cos - 0.25)), which changes no ranking and so no best-threshold result.
+    goes through sigmoid(10·(cos - 0.25)), which changes no ranking, so no result at the best threshold either. PAMR
+    refines the masks of both; the last method mixes `kp_w` of the KP branch in, as the finished model does.
     """
-    methods: dict[str, Scorer] = {
-        "MaskCLIP": lambda images, texts: model.generate_masks(images, texts, kp_w=1.0),
-        "TCL": lambda images, texts: model.generate_masks(images, texts, kp_w=0.0),
-    }
-    if 0 < kp_w < 1:
-        methods[f"TCL + {kp_w:g} KP"] = lambda images, texts: model.generate_masks(images, texts, kp_w=kp_w)
-    return methods
+    with torch.no_grad():
+        features = model.image_features(images_to_tensor(images_BHWC))
+        tcl_BNhw = torch.sigmoid(model.grounder.mask(similarity(features.grounded_BDhw, texts_ND)))
+        clip_BNhw = kp_masks(features.kp_BDhw, texts_ND)
+    grid = tcl_BNhw.shape[-2:]
+    clip_BNhw = F.interpolate(clip_BNhw, size=grid, mode="bilinear", align_corners=False)
+    masks = {"MaskCLIP": clip_BNhw.numpy(), "TCL": tcl_BNhw.numpy()}
+    masks |= {f"{name} + PAMR": _refined(images_BHWC, plain) for name, plain in list(masks.items())}
+    if kp_w > 0:
+        masks[f"TCL + PAMR + {kp_w:g} KP"] = kp_w * masks["MaskCLIP"] + (1 - kp_w) * masks["TCL + PAMR"]
+    height, width = images_BHWC.shape[1:3]
+    return {name: np.stack([resize_masks(one, (height, width)) for one in grids]) for name, grids in masks.items()}
+
+
+def _refined(images_BHWC: npt.NDArray[np.uint8], masks_BNhw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """PAMR with each image brought to its masks' grid, (B, N, h, w)."""
+    refined = []
+    for image_hwc, masks_Nhw in zip(images_BHWC, masks_BNhw, strict=True):
+        planes = np.ascontiguousarray(image_hwc.transpose(2, 0, 1), np.float32)
+        small = resize_with_corners(planes, (masks_Nhw.shape[1], masks_Nhw.shape[2]))
+        refined.append(refine_masks(small.transpose(1, 2, 0), masks_Nhw))
+    return np.stack(refined)
 
 
 def world_text_embeddings(model: TCL, tokenizer: Tokenizer) -> Tensor:
@@ -119,74 +147,61 @@ def evaluate_on_world(
     model: TCL, tokenizer: Tokenizer, config: TrainConfig, *, progress: ProgressCallback | None = None
 ) -> list[WorldScore]:
     """Score MaskCLIP and TCL on unseen scenes, with the present objects as prompts and with all 64 names."""
-    settings = config.evaluation
-    world = replace(config.world, seed=settings.seed)
-    methods = scorers(model.eval(), config.grounder.kp_w)
-    sweeps = sweep_thresholds(
-        methods,
-        world_text_embeddings(model, tokenizer),
-        scenes(world, count=settings.scenes),
-        batch_size=settings.batch_size,
-        on_scenes=lambda done: _report(progress, "evaluation", done, settings.scenes),
-    )
+    sweeps = _sweeps(model, tokenizer, config, config.evaluation.seed, config.evaluation.scenes, "evaluation", progress)
     return [sweep.best(name, prompts) for (name, prompts), sweep in sweeps.items()]
 
 
-def choose_threshold(
+def choose_thresholds(
     model: TCL, tokenizer: Tokenizer, config: TrainConfig, *, progress: ProgressCallback | None = None
-) -> float:
-    """The background threshold a user should get, in 0..1.
+) -> dict[str, float]:
+    """The background thresholds a user should get, in 0..1: "background", and "background_pamr" for refined masks.
 
-    The one with the highest mean of both mIoUs (present prompts, all names), on scenes that neither training nor
-    evaluation draws: a user names things that are there and things that are not.
+    Each has the highest mean of both mIoUs (present prompts, all names) on scenes that neither training nor evaluation
+    draws: a user names things that are there and things that are not.
     """
     settings = config.evaluation
-    world = replace(config.world, seed=settings.seed + 1)
-    kp_w = config.grounder.kp_w
-    sweeps = sweep_thresholds(
-        {"shipped": lambda images, texts: model.generate_masks(images, texts, kp_w=kp_w)},
-        world_text_embeddings(model.eval(), tokenizer),
-        scenes(world, count=settings.threshold_scenes),
-        batch_size=settings.batch_size,
-        on_scenes=lambda done: _report(progress, "threshold", done, settings.threshold_scenes),
-    )
-    curves = np.stack([mean_iou(sweep.confusions()) for sweep in sweeps.values()])
-    return int(np.nanargmax(curves.mean(0))) / _BINS
+    count = settings.threshold_scenes
+    sweeps = _sweeps(model, tokenizer, config, settings.seed + 1, count, "threshold", progress)
+    chosen = {}
+    for key, method in (("background", "TCL"), ("background_pamr", "TCL + PAMR")):
+        curves = np.stack([mean_iou(sweeps[method, prompts].confusions()) for prompts in ("present", "all")])
+        chosen[key] = int(np.nanargmax(curves.mean(0))) / _BINS
+    return chosen
 
 
-def sweep_thresholds(
-    methods: Mapping[str, Scorer],
-    texts_ND: Tensor,
-    drawn: Iterator[Scene],
-    *,
-    batch_size: int,
-    on_scenes: Callable[[int], None],
+def _sweeps(
+    model: TCL,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    seed: int,
+    count: int,
+    stage: str,
+    progress: ProgressCallback | None,
 ) -> dict[tuple[str, str], ThresholdSweep]:
-    """Count pixels of all scenes, by (method, "present" or "all") prompts.
-
-    Args:
-        methods: to score with.
-        texts_ND: (64, D) embeddings of OBJECT_NAMES.
-        drawn: the scenes.
-        batch_size: images at a time.
-        on_scenes: called with the number of scenes done.
-    """
-    sweeps = {(name, prompts): ThresholdSweep(len(OBJECT_NAMES)) for name in methods for prompts in ("present", "all")}
-    every = np.arange(len(OBJECT_NAMES))
+    """Pixel counts of `count` scenes of a world's seed, by (method, "present" or "all" prompts)."""
+    texts_ND = world_text_embeddings(model.eval(), tokenizer)
+    drawn = scenes(replace(config.world, seed=seed), count=count)
+    sweeps: dict[tuple[str, str], ThresholdSweep] = {}
     done = 0
-    while batch := list(islice(drawn, batch_size)):
-        images = images_to_tensor(np.stack([one.image for one in batch]))
-        for name, scorer in methods.items():
-            scores_BNHW = scorer(images, texts_ND).numpy()
-            for one, scores_NHW in zip(batch, scores_BNHW, strict=True):
-                present = np.array(one.present, np.int64)
-                sweeps[name, "all"].add(scores_NHW, every, one.label_map)
-                sweeps[name, "present"].add(scores_NHW[present], present, one.label_map)
+    while batch := list(islice(drawn, config.evaluation.batch_size)):
+        images = np.stack([one.image for one in batch])
+        for name, masks in masks_by_method(model, images, texts_ND, config.grounder.kp_w).items():
+            _count(sweeps, name, batch, masks)
         done += len(batch)
-        on_scenes(done)
+        if progress:
+            progress(TrainProgress(stage=stage, step=done, steps=count, losses={}))
     return sweeps
 
 
-def _report(progress: ProgressCallback | None, stage: str, done: int, scenes: int) -> None:
-    if progress:
-        progress(TrainProgress(stage=stage, step=done, steps=scenes, losses={}))
+def _count(
+    sweeps: dict[tuple[str, str], ThresholdSweep],
+    method: str,
+    batch: Sequence[Scene],
+    masks_BNHW: npt.NDArray[np.float32],
+) -> None:
+    """Add one method's masks of one batch to its two sweeps."""
+    every = np.arange(len(OBJECT_NAMES))
+    for one, masks_NHW in zip(batch, masks_BNHW, strict=True):
+        for prompts, names in (("present", np.array(one.present, np.int64)), ("all", every)):
+            sweep = sweeps.setdefault((method, prompts), ThresholdSweep(len(OBJECT_NAMES)))
+            sweep.add(masks_NHW[names], names, one.label_map)

@@ -32,7 +32,7 @@ from .checkpoint import save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import TrainConfig
-from .evaluate import WorldScore, choose_threshold, evaluate_on_world
+from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
 from .loop import ProgressCallback, run_stage
 from .model import TCL, TCLConfig
@@ -86,8 +86,8 @@ def train(
     model = _finished_grounder(config, folder, tokenizer, clip, progress)
     checkpoint = folder / "tcl.pt"
     if not checkpoint.exists():
-        threshold = choose_threshold(model, tokenizer, config, progress=progress)
-        save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json, threshold))
+        thresholds = choose_thresholds(model, tokenizer, config, progress=progress)
+        save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json, thresholds))
     scores = _scores(config, folder, model, tokenizer, progress)
     return TrainingResult(checkpoint=checkpoint, scores=scores, seconds=time.monotonic() - began)
 
@@ -143,13 +143,7 @@ def _finished_grounder(
     sizes = TCLConfig(clip=config.clip, decoder_blocks=config.grounder.decoder_blocks, kp_w=config.grounder.kp_w)
     model = TCL(sizes, clip)
     model.grounder.open_gates(config.grounder.initial_gate)
-    batches = WorldBatches(
-        config.world,
-        tokenizer,
-        config.grounder_training.batch_size,
-        distinct="names",
-        colours=config.grounder.colours_per_batch,
-    )
+    batches = WorldBatches(config.world, tokenizer, config.grounder_training.batch_size)
     batches.position = _GROUNDER_FIRST_SCENE
     run_stage(
         GrounderStage(config, model, batches),
@@ -185,7 +179,7 @@ def _tokenizer_json(clip: ClipConfig) -> str:
     return tokenizer_json
 
 
-def _extra(config: TrainConfig, tokenizer_json: str, threshold: float) -> dict[str, Any]:
+def _extra(config: TrainConfig, tokenizer_json: str, thresholds: dict[str, float]) -> dict[str, Any]:
     """What the exporter needs besides weights."""
     return {
         "name": config.name,
@@ -193,7 +187,7 @@ def _extra(config: TrainConfig, tokenizer_json: str, threshold: float) -> dict[s
         "tokenizer_json": tokenizer_json,
         "templates": list(TEMPLATES),
         "image_size": config.world.size,
-        "thresholds": {"background": threshold, "background_pamr": threshold},
+        "thresholds": thresholds,
         "vocabulary": {
             "note": "This model knows a small world of coloured shapes only.",
             "words": [*COLOURS, *SHAPES],

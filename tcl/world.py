@@ -7,7 +7,7 @@ Needs numpy and OpenCV only.
 
 import cmath
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,14 +95,12 @@ class Scene:
     image: (S, S, 3) uint8 RGB.
     label_map: (S, S) int16, index into OBJECT_NAMES or BACKGROUND.
     caption: names one, some or all of the objects.
-    named: indices into OBJECT_NAMES of those it names, ascending.
     present: indices into OBJECT_NAMES of objects with visible pixels, ascending.
     """
 
     image: npt.NDArray[np.uint8]
     label_map: npt.NDArray[np.int16]
     caption: str
-    named: tuple[int, ...]
     present: tuple[int, ...]
 
 
@@ -189,10 +187,10 @@ def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     return np.asarray(smooth, np.float32)
 
 
-def _pick_name(rng: np.random.Generator, taken: list[int], sibling: float, allowed: Sequence[int]) -> int:
+def _pick_name(rng: np.random.Generator, taken: list[int], sibling: float) -> int:
     """An object not yet in the scene; siblings of one that is make colour and shape both matter."""
     while True:
-        name = allowed[int(rng.integers(len(allowed)))]
+        name = int(rng.integers(len(OBJECT_NAMES)))
         if taken and rng.random() < sibling:
             other = taken[int(rng.integers(len(taken)))]
             shapes = len(SHAPES)
@@ -218,12 +216,12 @@ def _allowed_overlap(one: _Placed, other: _Placed, config: WorldConfig) -> float
     return 0.0 if _colour(one.name_index) == _colour(other.name_index) else config.max_overlap
 
 
-def _place(rng: np.random.Generator, config: WorldConfig, allowed: Sequence[int]) -> list[_Placed]:
+def _place(rng: np.random.Generator, config: WorldConfig) -> list[_Placed]:
     """Objects of one scene, back to front; one that finds no room after a few tries is left out."""
     count = int(rng.integers(config.min_objects, config.max_objects + 1))
     placed: list[_Placed] = []
     for _ in range(count):
-        name = _pick_name(rng, [p.name_index for p in placed], config.sibling, allowed)
+        name = _pick_name(rng, [p.name_index for p in placed], config.sibling)
         for _ in range(12):
             radius = rng.uniform(config.min_radius, config.max_radius)
             x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, 2)
@@ -238,40 +236,30 @@ def _with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
-def _caption(rng: np.random.Generator, present: list[int], partial: float) -> tuple[str, tuple[int, ...]]:
-    """A caption, and which of the present objects it names."""
-    named = list(present)
-    rng.shuffle(named)
-    if len(named) > 1 and rng.random() < partial:
-        named = named[: int(rng.integers(1, len(named)))]
-    names = [OBJECT_NAMES[i] for i in named]
+def _caption(rng: np.random.Generator, present: list[int], partial: float) -> str:
+    names = [OBJECT_NAMES[i] for i in present]
+    rng.shuffle(names)
+    if len(names) > 1 and rng.random() < partial:
+        names = names[: int(rng.integers(1, len(names)))]
     if rng.random() < 0.8:
         names = [_with_article(name) for name in names]
     join = _JOINS[int(rng.integers(len(_JOINS)))]
     phrase = join.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-    return _FRAMES[int(rng.integers(len(_FRAMES)))].format(phrase), tuple(sorted(named))
+    return _FRAMES[int(rng.integers(len(_FRAMES)))].format(phrase)
 
 
-def scene(config: WorldConfig, index: int, *, colours: Collection[str] = tuple(COLOURS)) -> Scene:
+def scene(config: WorldConfig, index: int) -> Scene:
     """Draw scene number `index` of a world; the same arguments always give the same bytes.
 
-    Args:
-        config: the world.
-        index: counted from 0.
-        colours: those that objects may have.
-
     Raises:
-        InputError: index is negative, or no colour of the world is allowed.
+        InputError: index is negative.
     """
     if index < 0:
         raise InputError(f"scene index is {index}; scenes are counted from 0")
-    allowed = [i for i in range(len(OBJECT_NAMES)) if _colour(i) in colours]
-    if not allowed:
-        raise InputError(f"none of the colours {', '.join(colours)} is of this world: {', '.join(COLOURS)}")
     rng = np.random.default_rng((config.seed, index))
     canvas = _background(rng, config.size)
     label_map = np.full((config.size, config.size), BACKGROUND, np.int16)
-    for placed in _place(rng, config, allowed):
+    for placed in _place(rng, config):
         rows, columns, cover = _coverage(placed, config.size)
         tint = np.array(COLOURS[_colour(placed.name_index)], np.float32)
         tint = tint + rng.normal(0, 8, 3).astype(np.float32)
@@ -280,12 +268,10 @@ def scene(config: WorldConfig, index: int, *, colours: Collection[str] = tuple(C
         label_map[rows, columns][cover > 127] = placed.name_index
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(2, 8))
     present = [int(i) for i in np.unique(label_map) if i != BACKGROUND]
-    caption, named = _caption(rng, present, config.partial_caption)
     return Scene(
         image=np.clip(canvas, 0, 255).astype(np.uint8),
         label_map=label_map,
-        caption=caption,
-        named=named,
+        caption=_caption(rng, present, config.partial_caption),
         present=tuple(present),
     )
 

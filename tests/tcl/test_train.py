@@ -68,11 +68,14 @@ def test_a_run_leaves_a_model_scores_and_a_log(tiny: TrainConfig, tmp_path: Path
     assert [s for s in seen if s[0] == "clip"] == [("clip", i) for i in range(1, 7)]
     assert seen[-1] == ("evaluation", 8)
     assert {(s.method, s.prompts) for s in result.scores} == {
-        (method, prompts) for method in ("MaskCLIP", "TCL", "TCL + 0.3 KP") for prompts in ("present", "all")
+        (method, prompts)
+        for method in ("MaskCLIP", "MaskCLIP + PAMR", "TCL", "TCL + PAMR", "TCL + PAMR + 0.1 KP")
+        for prompts in ("present", "all")
     }
     extra = load_checkpoint(result.checkpoint)["extra"]
     assert {"tokenizer_json", "templates", "vocabulary", "image_size"} <= extra.keys()
-    assert 0 <= extra["thresholds"]["background"] <= 1
+    assert extra["thresholds"].keys() == {"background", "background_pamr"}
+    assert all(0 <= threshold <= 1 for threshold in extra["thresholds"].values())
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["scores"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"clip", "grounder"}
