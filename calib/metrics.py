@@ -49,7 +49,9 @@ def iou_from_confusion(confusion: Counts) -> npt.NDArray[np.float64]:
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     union = confusion.sum(-1) + confusion.sum(-2) - hits
-    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+    iou: npt.NDArray[np.float64] = np.full_like(hits, np.nan)
+    np.divide(hits, union, out=iou, where=union > 0)
+    return iou
 
 
 def mean_iou(confusion: Counts) -> npt.NDArray[np.float64]:

@@ -112,9 +112,9 @@ class Grounder(nn.Module):
 
     def open_gates(self, value: float) -> None:
         """Set every gate of the decoder; tanh(value) is the share of its convolution that passes."""
-        for block in self.decoder:
-            for branch in (block.conv1, block.conv2):
-                nn.init.constant_(branch.gate.gate, value)
+        for part in self.decoder.modules():
+            if isinstance(part, Gate):
+                nn.init.constant_(part.gate, value)
 
     def forward(self, trunk_BLC: Tensor, h: int, w: int) -> Tensor:
         """Embed every cell of the fine grid.

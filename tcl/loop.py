@@ -37,13 +37,25 @@ ProgressCallback = Callable[[TrainProgress], None]
 
 
 class Stage(Protocol):
-    """One thing to optimise."""
+    """One thing to optimise: `model` by `optimizer` on scenes from `position` on."""
 
-    name: str
-    settings: StageConfig
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     position: int
+
+    @property
+    def name(self) -> str:
+        """In file names and progress."""
+
+    @property
+    def settings(self) -> StageConfig:
+        """Steps and learning rate."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What learns."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the model's parameters."""
 
     def losses(self, step: int) -> dict[str, torch.Tensor]:
         """Compute the losses of a step on its next batch; their sum is minimised."""
@@ -107,7 +119,7 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
             losses=values,
         )
     stage.optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    torch.autograd.backward(total)
     learned = [p for p in stage.model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(learned, stage.settings.clip_grad)
     stage.optimizer.step()

@@ -178,13 +178,13 @@ def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     grey = rng.uniform(80, 180)
     cells = int(rng.integers(2, 7))
     coarse = rng.normal(0, 12, (cells, cells, 3)) * 0.45 + rng.normal(0, 18, (cells, cells, 1)) + grey
-    smooth = cv2.resize(coarse.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    smooth = np.asarray(cv2.resize(coarse.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
     if rng.random() < 0.3:
         angle, period = rng.uniform(0, math.pi), rng.uniform(0.06, 0.25)
         along = np.arange(size, dtype=np.float32) / size * np.float32(2 * math.pi / period)
         wave = np.sin(along[None, :] * np.float32(math.cos(angle)) + along[:, None] * np.float32(math.sin(angle)))
         smooth += wave[..., None] * np.float32(rng.uniform(4, 12))
-    return np.asarray(smooth, np.float32)
+    return smooth
 
 
 def _pick_name(rng: np.random.Generator, taken: list[int], sibling: float) -> int:
