@@ -92,7 +92,7 @@ def _what_next(segmenter: "Segmenter", samples: list[Sample], folder: Path, over
     say("Next:")
     if len(samples) > 1:
         other = samples[1]
-        say(f"  {_command('tclkit', 'segment', str(folder / other.file), *other.prompts)}")
+        say(f"  {_command('tclkit', 'segment', str(folder / other.file), *other.prompts, '--pamr')}")
     say(f"  {_command('tclkit', 'segment', str(folder), *samples[0].prompts[:1])}    the whole folder")
     vocabulary = segmenter.bundle.manifest.vocabulary
     if vocabulary is not None:
