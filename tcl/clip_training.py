@@ -27,22 +27,14 @@ class ClipStage:
     def __init__(self, config: TrainConfig, model: CLIP, batches: WorldBatches) -> None:
         self.settings = config.clip_training
         self.model = model.train()
-        self._config, self._batches, self._loss = config, batches, ClipLoss()
+        self.batches = batches
+        self._config, self._loss = config, ClipLoss()
         groups = parameter_groups(model, self.settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.98))
 
-    @property
-    def position(self) -> int:
-        """Index of the next scene."""
-        return self._batches.position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        self._batches.position = value
-
     def losses(self, step: int) -> dict[str, Tensor]:
         """The symmetric contrastive loss of the next batch."""
-        batch = self._batches.next(self._config.curriculum.world_at(step / self.settings.steps, self._config.world))
+        batch = self.batches.next(self._config.curriculum.world_at(step / self.settings.steps, self._config.world))
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
             trunk_BLC = run_trunk(self.model.visual, batch.images_BCHW)
             image_BD = global_embedding(self.model.visual, trunk_BLC)

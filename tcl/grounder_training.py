@@ -20,23 +20,15 @@ class GrounderStage:
     def __init__(self, config: TrainConfig, model: TCL, batches: WorldBatches) -> None:
         self.settings = config.grounder_training
         self.model = model.train()
-        self._config, self._batches = config, batches
+        self.batches = batches
+        self._config = config
         groups = parameter_groups(model, self.settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.999), eps=1e-6)
-
-    @property
-    def position(self) -> int:
-        """Index of the next scene."""
-        return self._batches.position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        self._batches.position = value
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """TCL's six weighted losses of the next batch."""
         self.model.train_stage("decoder" if step < self._config.grounder.decoder_only_steps else "full")
-        batch = self._batches.next()
+        batch = self.batches.next()
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.precision == "bf16"):
             losses: dict[str, Tensor] = self.model(batch.images_BCHW, batch.token_ids_BL, weights=self._config.losses)
         return {name: loss.float() for name, loss in losses.items()}

@@ -14,6 +14,7 @@ from torch import nn
 from tclkit.runtime.errors import CheckpointError, TrainingError
 from tclkit.runtime.files import atomic_file
 
+from .batches import WorldBatches
 from .config import StageConfig
 from .schedule import learning_rate
 
@@ -37,9 +38,7 @@ ProgressCallback = Callable[[TrainProgress], None]
 
 
 class Stage(Protocol):
-    """One thing to optimise: `model` by `optimizer` on scenes from `position` on."""
-
-    position: int
+    """One thing to optimise."""
 
     @property
     def name(self) -> str:
@@ -56,6 +55,10 @@ class Stage(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Of the model's parameters."""
+
+    @property
+    def batches(self) -> WorldBatches:
+        """Where the data come from, and how far they have been read."""
 
     def losses(self, step: int) -> dict[str, torch.Tensor]:
         """Compute the losses of a step on its next batch; their sum is minimised."""
@@ -130,7 +133,7 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
 def _save(stage: Stage, path: Path, step: int, fingerprint: Mapping[str, Any]) -> None:
     state = {
         "step": step,
-        "position": stage.position,
+        "position": stage.batches.position,
         "model": stage.model.state_dict(),
         "optimizer": stage.optimizer.state_dict(),
         "random_state": torch.get_rng_state(),
@@ -151,7 +154,7 @@ def _restore(stage: Stage, path: Path, fingerprint: Mapping[str, Any]) -> int:
         )
     stage.model.load_state_dict(state["model"])
     stage.optimizer.load_state_dict(state["optimizer"])
-    stage.position = state["position"]
+    stage.batches.position = state["position"]
     torch.set_rng_state(state["random_state"])
     return int(state["step"])
 
