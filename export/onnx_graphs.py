@@ -96,7 +96,7 @@ def write_graph(
     Raises:
         ExportError: torch could not export it, or wrote what the runtimes we target do not read.
     """
-    model = _exported(module, inputs, outputs, dynamic_shapes)
+    model = _exported(module, path.name, inputs, outputs, dynamic_shapes)
     _strip(model)
     if half_weights:
         _halve_weights(model)
@@ -137,7 +137,11 @@ def check_graph(model: onnx.ModelProto, *, where: str) -> None:
 
 
 def _exported(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Sequence[Mapping[int, Any]]
+    module: nn.Module,
+    file: str,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic_shapes: Sequence[Mapping[int, Any]],
 ) -> onnx.ModelProto:
     with warnings.catch_warnings():
         # torch 2.15: axes that must be equal get one name, and it warns that the second is not used.
@@ -154,8 +158,11 @@ def _exported(
                 external_data=False,
                 verbose=False,
             )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"torch {torch.__version__} could not export the graph: {error}. {_REMEDY}") from error
+        except Exception as error:  # torch, onnxscript and onnx-ir each raise kinds of their own
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(
+                f"torch {torch.__version__} could not export {file}: {type(error).__name__}: {reason}. {_REMEDY}"
+            ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     return model

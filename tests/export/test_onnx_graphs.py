@@ -17,6 +17,7 @@ from tclkit.export.onnx_graphs import (
     OPERATORS,
     OPSET,
     check_graph,
+    write_graph,
     write_image_graph,
     write_masks_graph,
     write_text_graph,
@@ -288,3 +289,14 @@ def test_weights_in_other_files_are_refused() -> None:
     model.graph.initializer[0].data_location = TensorProto.EXTERNAL
     with pytest.raises(ExportError, match="weights in other files"):
         check_graph(model, where="x.onnx")
+
+
+class Untraceable(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no way")
+
+
+def test_a_module_that_cannot_be_exported_is_one_error_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"could not export x\.onnx: .*pip install -U"):
+        write_graph(Untraceable().eval(), tmp_path / "x.onnx", {"x": torch.zeros(2)}, ["y"], ({},))
+    assert list(tmp_path.iterdir()) == []
