@@ -300,8 +300,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _remove_leftovers(out: Path) -> None:
     """Remove temporary folders of `out` whose writer is gone, which shows by their lock."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        if not out.exists() and (folder / MANIFEST_NAME).exists():
-            continue  # killed between the two renames that replace a bundle: this may be the older one
         with contextlib.suppress(OSError), _locked(folder):
             shutil.rmtree(folder)
 

@@ -64,19 +64,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path` whole, else it is removed.
 
-    An existing folder there is moved aside first and removed last: it is lost only once its successor stands.
+    An existing folder there is moved aside first and removed last: it is lost only once its successor stands. A process
+    killed between the two leaves it aside; the next call for the same path brings it back.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.old")
+    if aside.exists() and not target.exists():
+        aside.rename(target)
     temporary = _temporary_sibling(target)
     temporary.mkdir()
     try:
         yield temporary
         if target.exists():
-            old = _temporary_sibling(target)
-            target.rename(old)
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
             temporary.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(aside)
         else:
             temporary.rename(target)
     finally:

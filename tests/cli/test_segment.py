@@ -203,7 +203,8 @@ def test_ctrl_c_is_one_line(scene: Path) -> None:
     assert process.stderr is not None
     assert "backend onnxruntime" in process.stderr.readline()  # the model is open; next it waits for the image
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=30)
+    process.wait(timeout=60)  # before stdin is closed: an end of input must not come first
+    stdout, stderr = process.communicate()
     assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
 
 

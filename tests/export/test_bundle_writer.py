@@ -301,11 +301,11 @@ def test_an_older_bundle_that_a_killed_run_moved_aside_is_not_lost(
     tiny_checkpoint: Path, quick_graphs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = export_bundle(tiny_checkpoint, tmp_path / "b")
-    aside = out.rename(tmp_path / ".b.1-aaaa.tmp")
+    out.rename(tmp_path / ".b.old")
     monkeypatch.setattr(bundle_writer, "check_bundle", lambda *a, **o: (_ for _ in ()).throw(ParityError("x")))
     with pytest.raises(ParityError):
         export_bundle(tiny_checkpoint, out)
-    assert (aside / "bundle.json").exists()
+    assert (out / "bundle.json").exists()
 
 
 def test_a_killed_export_leaves_nothing_and_the_next_goes_on(
