@@ -196,7 +196,11 @@ def test_words_outside_a_small_world_are_announced(
 
 
 def test_ctrl_c_is_one_line(scene: Path) -> None:
-    command = [sys.executable, "-c", "from tclkit.cli import run; run()", "segment", "-", "red", "--debug"]
+    # A shell's background job, as CI may be, inherits that SIGINT is ignored: here it must arrive.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tclkit.cli import run; run()"
+    )
+    command = [sys.executable, "-c", program, "segment", "-", "red", "--debug"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -14,7 +14,8 @@ TINY = """
     clip.vision_head_width=16 clip.text_width=16 clip.text_heads=1 clip.text_layers=1
     clip_training.steps=2 clip_training.batch_size=4 clip_training.warmup_steps=1
     grounder_training.steps=2 grounder_training.batch_size=4 grounder_training.warmup_steps=1
-    grounder.decoder_only_steps=1 evaluation.scenes=4 evaluation.batch_size=4
+    grounder.decoder_only_steps=1 evaluation.scenes=4 evaluation.threshold_scenes=4 evaluation.batch_size=4
+    curriculum.small_size=16
 """
 
 
