@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tclkit.calib import iou_from_confusion, mean_iou
-from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.tokenizer import Tokenizer
 from tclkit.runtime.upsample import resize_masks
 
@@ -23,6 +22,7 @@ from .batches import images_to_tensor
 from .config import TrainConfig
 from .loop import ProgressCallback, TrainProgress
 from .model import TCL, kp_masks, similarity
+from .pamr import refine_many_masks
 from .world import OBJECT_NAMES, TEMPLATES, Scene, scenes
 
 _BINS = 400
@@ -110,7 +110,7 @@ def masks_by_method(
 
     MaskCLIP (Zhou et al., ECCV 2022) is CLIP's last block attending to itself only: the KP branch alone. Its cosine
     goes through sigmoid(10·(cos - 0.25)), which changes no ranking, so no result at the best threshold either. PAMR
-    refines the masks of both; the last method mixes `kp_w` of the KP branch in, as the finished model does.
+    refines the masks of both; with `kp_w` above 0 the finished model's mix of the two stands beside them.
     """
     with torch.no_grad():
         features = model.image_features(images_to_tensor(images_BHWC))
@@ -119,21 +119,31 @@ def masks_by_method(
     grid = tcl_BNhw.shape[-2:]
     clip_BNhw = F.interpolate(clip_BNhw, size=grid, mode="bilinear", align_corners=False)
     masks = {"MaskCLIP": clip_BNhw.numpy(), "TCL": tcl_BNhw.numpy()}
-    masks |= {f"{name} + PAMR": _refined(images_BHWC, plain) for name, plain in list(masks.items())}
+    masks |= {_refined_name(name): _refined(images_BHWC, plain) for name, plain in list(masks.items())}
     if kp_w > 0:
-        masks[f"TCL + PAMR + {kp_w:g} KP"] = kp_w * masks["MaskCLIP"] + (1 - kp_w) * masks["TCL + PAMR"]
+        for pamr in (False, True):
+            plain = masks[_refined_name("TCL") if pamr else "TCL"]
+            masks[shipped_method(kp_w, pamr=pamr)] = kp_w * masks["MaskCLIP"] + (1 - kp_w) * plain
     height, width = images_BHWC.shape[1:3]
     return {name: np.stack([resize_masks(one, (height, width)) for one in grids]) for name, grids in masks.items()}
 
 
+def shipped_method(kp_w: float, *, pamr: bool) -> str:
+    """Name of what the finished model does by default: TCL with its share of the KP branch, with or without PAMR."""
+    name = _refined_name("TCL") if pamr else "TCL"
+    return f"{name} + {kp_w:g} KP" if kp_w > 0 else name
+
+
+def _refined_name(method: str) -> str:
+    return f"{method} + PAMR"
+
+
 def _refined(images_BHWC: npt.NDArray[np.uint8], masks_BNhw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """PAMR with each image brought to its masks' grid, (B, N, h, w)."""
-    refined = []
-    for image_hwc, masks_Nhw in zip(images_BHWC, masks_BNhw, strict=True):
-        planes = np.ascontiguousarray(image_hwc.transpose(2, 0, 1), np.float32)
-        small = resize_with_corners(planes, (masks_Nhw.shape[1], masks_Nhw.shape[2]))
-        refined.append(refine_masks(small.transpose(1, 2, 0), masks_Nhw))
-    return np.stack(refined)
+    images_BCHW = images_to_tensor(images_BHWC)
+    small_BChw = F.interpolate(images_BCHW, size=masks_BNhw.shape[-2:], mode="bilinear", align_corners=True)
+    pairs = zip(small_BChw, torch.from_numpy(masks_BNhw), strict=True)
+    return np.stack([refine_many_masks(image_Chw, masks_Nhw).numpy() for image_Chw, masks_Nhw in pairs])
 
 
 def world_text_embeddings(model: TCL, tokenizer: Tokenizer) -> Tensor:
@@ -156,14 +166,16 @@ def choose_thresholds(
 ) -> dict[str, float]:
     """The background thresholds a user should get, in 0..1: "background", and "background_pamr" for refined masks.
 
-    Each has the highest mean of both mIoUs (present prompts, all names) on scenes that neither training nor evaluation
-    draws: a user names things that are there and things that are not.
+    Each has the highest mean of both mIoUs (present prompts, all names) of the model as it ships, its share of the KP
+    branch mixed in, on scenes that neither training nor evaluation draws: a user names things that are there and things
+    that are not.
     """
     settings = config.evaluation
     count = settings.threshold_scenes
     sweeps = _sweeps(model, tokenizer, config, settings.seed + 1, count, "threshold", progress)
     chosen = {}
-    for key, method in (("background", "TCL"), ("background_pamr", "TCL + PAMR")):
+    for key, pamr in (("background", False), ("background_pamr", True)):
+        method = shipped_method(config.grounder.kp_w, pamr=pamr)
         curves = np.stack([mean_iou(sweeps[method, prompts].confusions()) for prompts in ("present", "all")])
         chosen[key] = int(np.nanargmax(curves.mean(0))) / _BINS
     return chosen

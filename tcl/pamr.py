@@ -4,6 +4,7 @@ Shapes: B batch, N prompts, C colours, H W pixels, K neighbours.
 Source: Araslanov & Roth, CVPR 2020; the settings are those of TCL.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,36 @@ def refine_masks(
     for _ in range(iterations):
         masks_BNHW = _weighted_neighbours(masks_BNHW, weights_BKHW, dilations)
     return masks_BNHW
+
+
+def refine_many_masks(
+    image_CHW: Tensor, masks_NHW: Tensor, *, iterations: int = ITERATIONS, dilations: Sequence[int] = DILATIONS
+) -> Tensor:
+    """The same for many masks of one image at its own size, as products with one sparse matrix: three times faster.
+
+    Args:
+        image_CHW: (C, H, W) float, normalised.
+        masks_NHW: (N, H, W) soft masks in 0..1.
+        iterations, dilations: as in `refine_masks`, whose values these are to within rounding.
+    """
+    count, height, width = masks_NHW.shape
+    weights_KHW = neighbour_weights(image_CHW[None], dilations)[0]
+    places_HW = torch.arange(height * width).view(1, 1, height, width).float()  # exact in float32 below 2**24 pixels
+    columns = torch.cat(_neighbours(places_HW, dilations, centre=False), dim=1)[0].flatten(1).long()  # (K, HW)
+    rows = torch.arange(height * width).expand_as(columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_coo_tensor(
+            torch.stack([rows.flatten(), columns.flatten()]),
+            weights_KHW.flatten(),
+            (height * width, height * width),
+            check_invariants=True,
+        )
+        matrix = matrix.coalesce().to_sparse_csr()  # beyond the border one pixel is several neighbours at once
+    masks_PN = masks_NHW.flatten(1).T.contiguous()
+    for _ in range(iterations):
+        masks_PN = matrix @ masks_PN
+    return masks_PN.T.reshape(count, height, width)
 
 
 def neighbour_weights(images_BCHW: Tensor, dilations: Sequence[int] = DILATIONS) -> Tensor:

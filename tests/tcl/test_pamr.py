@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tclkit.tcl.pamr import local_std, neighbour_weights, refine_masks
+from tclkit.tcl.pamr import local_std, neighbour_weights, refine_many_masks, refine_masks
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def test_refined_masks_are_the_authors(data, check):
     check("PAMR", refine_masks(image, mask, iterations=1, dilations=(1, 2)), data["out_iter1_d1_2"])
     check("PAMR", refine_masks(image, data["lowres_mask"]), data["out_lowres"])
     check("PAMR", refine_masks(data["const_image"].expand_as(image), mask), data["out_const"])
+    check("PAMR", refine_many_masks(image[0], mask[0])[None], data["out_iter10_d1_2_4_8_12_24"])
 
 
 def test_weights_are_the_authors(data, check):
@@ -33,3 +34,5 @@ def test_images_smaller_than_the_dilations(size):
     assert refined.shape == mask.shape
     assert refined.min() >= 0
     assert refined.max() <= 1 + 1e-6
+    for one, masks, expected in zip(image, mask, refined, strict=True):
+        torch.testing.assert_close(refine_many_masks(one, masks), expected, atol=1e-5, rtol=0)

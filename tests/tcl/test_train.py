@@ -69,7 +69,7 @@ def test_a_run_leaves_a_model_scores_and_a_log(tiny: TrainConfig, tmp_path: Path
     assert seen[-1] == ("evaluation", 8)
     assert {(s.method, s.prompts) for s in result.scores} == {
         (method, prompts)
-        for method in ("MaskCLIP", "MaskCLIP + PAMR", "TCL", "TCL + PAMR", "TCL + PAMR + 0.1 KP")
+        for method in ("MaskCLIP", "MaskCLIP + PAMR", "TCL", "TCL + PAMR", "TCL + 0.1 KP", "TCL + PAMR + 0.1 KP")
         for prompts in ("present", "all")
     }
     extra = load_checkpoint(result.checkpoint)["extra"]
