@@ -96,7 +96,7 @@ def _package(name: str) -> ModuleType:
 def _forget_tensorrt() -> None:
     """Make Polygraphy, if it is loaded, import tensorrt afresh: it keeps the module and a logger of its own."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != "polygraphy":
+        if name.partition(".")[0] != "polygraphy" or module is None:
             continue
         for value in list(vars(module).values()):
             kept = vars(value).get("module") if type(value).__name__ == "LazyModule" else None
