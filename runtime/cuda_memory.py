@@ -88,14 +88,10 @@ def device_name_and_capability() -> tuple[str, str]:
     device_count()
     runtime = cuda_runtime()
     device = check(runtime.cudaGetDevice(), "cudaGetDevice")
-    attributes = runtime.cudaDeviceAttr
-    major, minor = (
-        check(runtime.cudaDeviceGetAttribute(attribute, device), "cudaDeviceGetAttribute")
-        for attribute in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor)
-    )
-    name = check(runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties").name
+    properties = check(runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties")
+    name = properties.name
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-    return text.rstrip("\0"), f"{major}.{minor}"
+    return text.rstrip("\0"), f"{properties.major}.{properties.minor}"
 
 
 class _Owned:

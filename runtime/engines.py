@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ._section import AGAIN, Section
-from .bundle import Bundle, find_bundle
+from .bundle import ENGINES_FOLDER, Bundle, find_bundle
 from .errors import BackendError, BundleError, EngineMismatchError, TclkitError
 from .files import atomic_file
 from .manifest import PRECISIONS
 
-ENGINES_FOLDER = "engines"
 ENGINE_SCHEMA_VERSION = 1
 GRAPHS = ("image", "masks")
 FLAGS = ("hardware-compatible", "version-compatible", "dla")
@@ -67,7 +66,7 @@ class DeviceIdentity:
     system: str = dataclasses.field(default_factory=_this_system)
 
     def __str__(self) -> str:
-        return _place(self)
+        return _place(self)  # TensorRT 10.3.0 on sm_87 (Orin)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +127,11 @@ class EngineRecord:
     def size(self) -> tuple[int, int]:
         """(H, W) in pixels of the images that it serves."""
         return self.height, self.width
+
+    @property
+    def place(self) -> str:
+        """Where it was built, such as "TensorRT 10.3.0 on sm_87 (Orin)"."""
+        return _place(self)
 
     @property
     def stem(self) -> str:

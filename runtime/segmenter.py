@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,7 +130,7 @@ class Segmenter:
         *,
         backend: str = "auto",
         cache: bool | str | Path = True,
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int | None = None,
         verify: bool = True,
     ) -> "Segmenter":
@@ -139,13 +140,15 @@ class Segmenter:
             model: name of an installed bundle, or its folder.
             backend: "auto", or a backend's name.
             cache: keep text embeddings on disk; a path keeps them in that file.
-            precision: of the image graph: "fp32", or another that the bundle holds.
+            precision: of the image graph, "fp32", "fp16" or "int8"; "auto" takes with TensorRT the first of int8, fp16
+                and fp32 that has engines, with ONNX Runtime fp32.
             threads: CPU threads; None takes every CPU this process may use.
             verify: compare the bundle's files with their hashes first.
 
         Raises:
             BundleError: unknown name, incomplete or damaged.
             BackendError: the backend is not installed or cannot run this bundle.
+            EngineMismatchError: TensorRT was asked for, and its engines are for another machine or another graph.
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
@@ -160,6 +163,18 @@ class Segmenter:
     def stats(self) -> Stats:
         """What was done so far: counters and milliseconds per stage."""
         return Stats(**self._counters, timings_ms=dict(self._total_ms))
+
+    def close(self) -> None:
+        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does."""
+        self.backend.close()
+
+    def __enter__(self) -> "Segmenter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def prompts(self, prompts: Sequence[str]) -> PromptSet:
         """Embed prompts: once per Segmenter in memory, once per machine in the disk cache.
@@ -400,7 +415,13 @@ class Segmenter:
             fitted,
             options.threshold,
             labels=labels,
-            settings={"fit": plan.fit, "kp_w": options.kp_w, "pamr": options.pamr, "windows": len(plan.windows)},
+            settings={
+                "fit": plan.fit,
+                "kp_w": options.kp_w,
+                "pamr": options.pamr,
+                "windows": len(plan.windows),
+                "precision": self.backend.precision,
+            },
             model=self.model,
             backend=self.backend.name,
             timings_ms=timings,
