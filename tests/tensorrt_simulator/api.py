@@ -8,6 +8,7 @@ has and the simulator does not is a NotImplementedError that says so.
 
 import enum
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -145,8 +146,10 @@ def _accepts(module: ModuleType, kind: str, value: Any) -> bool:
         return True
     expected: Any = module
     for part in match.group(1).split("."):
-        expected = getattr(expected, part, None)
-    return expected is None or isinstance(value, expected) or (value is None and not issubclass(expected, PybindEnum))
+        expected = vars(expected).get(part)
+        if expected is None:  # a class that the simulator has not: nobody can have made one
+            return value is None
+    return isinstance(value, expected) or (value is None and not issubclass(expected, PybindEnum))
 
 
 def _is_integers(value: Any) -> bool:
@@ -174,6 +177,15 @@ def bind(
     return [given.pop(name) for name in nameless if name in given], given
 
 
+def takes(body: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether a body, written for all versions, can be called so."""
+    try:
+        inspect.signature(body).bind(None, *positional, **named)
+    except TypeError:
+        return False
+    return True
+
+
 def bound_method(module: ModuleType, owner: str, name: str, lines: Sequence[str], body: Callable[..., Any]) -> Any:
     """A method that takes what the bindings of this version take and hands it to `body`."""
     signatures = overloads(lines)
@@ -182,6 +194,8 @@ def bound_method(module: ModuleType, owner: str, name: str, lines: Sequence[str]
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         for parameters in signatures:
             if (call := bind(module, parameters, args, kwargs)) is not None:
+                if not takes(body, call[0], call[1]):
+                    raise NotImplementedError(f"the simulator does not offer this overload of {owner}.{name}")
                 return body(self, *call[0], **call[1])
         types = ", ".join([*(type(a).__name__ for a in args), *(f"{k}={type(v).__name__}" for k, v in kwargs.items())])
         supported = "\n    ".join(line for line in lines if "*args" not in line)
@@ -253,7 +267,8 @@ def bound_class(module: ModuleType, api: Mapping[str, Any], body: type) -> type:
         if key in entry["methods"] and callable(value) and entry["methods"][key]:
             space[key] = bound_method(module, name, key, entry["methods"][key], value)
         elif key in properties and isinstance(value, property):
-            space[key] = property(value.fget, None if properties[key] else value.fset, None, value.__doc__)
+            setter = None if properties[key] else value.fset or _not_offered(name, key)
+            space[key] = property(value.fget, setter, None, value.__doc__)
     for key in getattr(body, "_stored", {}):
         if key in properties:
             space[key] = _stored_property(key, read_only=properties[key])
@@ -272,6 +287,13 @@ def bound_class(module: ModuleType, api: Mapping[str, Any], body: type) -> type:
     }
     bases = tuple(getattr(module, base) for base in entry["bases"] if hasattr(module, base)) or (Bound,)
     return _Meta(name, bases, space)
+
+
+def _not_offered(owner: str, name: str) -> Callable[[Any, Any], None]:
+    def fset(self: Any, value: Any) -> None:
+        raise NotImplementedError(f"{owner}.{name} can be set in TensorRT, but not in the simulator")
+
+    return fset
 
 
 def _constructor(body: type) -> Callable[..., None]:

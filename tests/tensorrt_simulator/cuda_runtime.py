@@ -41,6 +41,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorStreamCaptureInvalidated = 901
     cudaErrorStreamCaptureImplicit = 906
     cudaErrorCapturedEvent = 907
+    cudaErrorStreamCaptureWrongThread = 908
 
 
 _MESSAGES = {
@@ -56,7 +57,10 @@ _MESSAGES = {
     cudaError_t.cudaErrorIllegalAddress: b"an illegal memory access was encountered",
     cudaError_t.cudaErrorStreamCaptureUnsupported: b"operation not permitted when stream is capturing",
     cudaError_t.cudaErrorStreamCaptureInvalidated: b"operation failed due to a previous error during capture",
-    cudaError_t.cudaErrorStreamCaptureImplicit: b"operation would make the legacy stream depend on a capturing stream",
+    cudaError_t.cudaErrorStreamCaptureImplicit:
+        b"operation would make the legacy stream depend on a capturing blocking stream",
+    cudaError_t.cudaErrorStreamCaptureWrongThread:
+        b"attempt to terminate a thread-local capture sequence from another thread",
     cudaError_t.cudaErrorCapturedEvent: b"operation not permitted on an event last recorded in a capturing stream",
 }
 # fmt: on
@@ -389,7 +393,8 @@ class CudaRuntime:
             found = self._device.stream(stream)
             if found is None:
                 return (cudaError_t.cudaErrorInvalidResourceHandle,)
-            return (self._device.broken or self._copy(dst, src, count, kind, found, wait=False),)
+            error = self._device.broken or _capture_error(found)
+            return (error or self._copy(dst, src, count, kind, found, wait=False),)
 
     def cudaMemsetAsync(self, devPtr: Any, value: int, count: int, stream: Any) -> tuple[Any, ...]:
         device, address, size = self._device, _pointer(devPtr), _size(count)
@@ -397,6 +402,8 @@ class CudaRuntime:
             found = device.stream(stream)
             if found is None:
                 return (cudaError_t.cudaErrorInvalidResourceHandle,)
+            if error := _capture_error(found):
+                return (error,)
             if not device.room(address, size, "device"):
                 return (cudaError_t.cudaErrorInvalidValue,)
 
@@ -477,6 +484,8 @@ class CudaRuntime:
             found, recorded = self._device.stream(stream), self._device.events.get(int(event))
             if found is None or recorded is None:
                 return (cudaError_t.cudaErrorInvalidResourceHandle,)
+            if error := _capture_error(found):
+                return (error,)
             recorded.captured = found.capture is not None
             recorded.stream, recorded.time_s = found, None
 
@@ -539,6 +548,9 @@ class CudaRuntime:
             found = self._device.stream(stream)
             if found is None or found.capture is None:
                 return cudaError_t.cudaErrorIllegalState, None
+            relaxed = found.capture.mode == cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+            if not relaxed and found.capture.thread != threading.get_ident():
+                return cudaError_t.cudaErrorStreamCaptureWrongThread, None
             capture, found.capture = found.capture, None
             if not capture.valid:
                 return cudaError_t.cudaErrorStreamCaptureInvalidated, None
@@ -575,6 +587,8 @@ class CudaRuntime:
                 return (cudaError_t.cudaErrorInvalidResourceHandle,)
             if work is None:
                 return (cudaError_t.cudaErrorInvalidValue,)
+            if error := _capture_error(found):
+                return (error,)
             for piece in work:
                 self._device.enqueue(found, piece)
             return (self._device.broken,)
@@ -640,6 +654,12 @@ class CudaRuntime:
         if wait or pageable_target:
             return device.drain(stream)
         return device.broken
+
+
+def _capture_error(stream: _Stream) -> cudaError_t:
+    """What every call on a stream says once its capture has been broken."""
+    broken = stream.capture is not None and not stream.capture.valid
+    return cudaError_t.cudaErrorStreamCaptureInvalidated if broken else SUCCESS
 
 
 def _ignore(value: object) -> None:

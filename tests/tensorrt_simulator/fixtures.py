@@ -32,7 +32,8 @@ def simulators() -> Iterator[Callable[..., Simulator]]:
             return made[-1]
 
         yield install
-    assert [fault for simulator in made for fault in simulator.faults] == []
+    if faults := [fault for simulator in made for fault in simulator.faults]:
+        raise AssertionError(f"what a real device would not have told: {'; '.join(faults)}")
 
 
 @contextlib.contextmanager

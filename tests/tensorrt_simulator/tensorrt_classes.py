@@ -7,7 +7,6 @@ in its documentation are enforced where the simulator can see them broken.
 # ruff: noqa: N802, RUF012 - the names are TensorRT's; `_stored` is read, never changed
 
 import ctypes
-import itertools
 import math
 import re
 import threading
@@ -590,8 +589,8 @@ def _weak_typing_problem(network: Any, flags: set[str]) -> str | None:
     operators = {node.op_type for node in network._model.graph.node}
     if "QuantizeLinear" in operators and "INT8" not in flags:
         return "the network has Q/DQ layers, but INT8 is not set"
-    tensors = (*network._model.graph.initializer, *())
-    if "FP16" not in flags and any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors):
+    weights = network._model.graph.initializer
+    if "FP16" not in flags and any(tensor.data_type == TensorProto.FLOAT16 for tensor in weights):
         return "the network has half-precision weights, but FP16 is not set"
     return None
 
@@ -1032,9 +1031,9 @@ def _evaluate(expression: str, sizes: dict[str, int]) -> int | None:
     return None if None in values else math.prod(value for value in values if value is not None)
 
 
-CLASSES = tuple(
-    itertools.chain(
-        (ILogger, Logger, Dims, IProgressMonitor, ITensor, ILayer, INetworkDefinition, ParserError, OnnxParser),
-        (IOptimizationProfile, ITimingCache, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext),
-    )
+# fmt: off
+CLASSES: tuple[type, ...] = (
+    ILogger, Logger, Dims, IProgressMonitor, ITensor, ILayer, INetworkDefinition, ParserError, OnnxParser,
+    IOptimizationProfile, ITimingCache, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext,
 )
+# fmt: on
