@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activations import absolute_maxima, activation_ranges, float_tensor_maxima
     from .calibration_images import CalibrationProgress, CalibrationSet, ImageBatches, select_images
-    from .histograms import entropy_limit, percentile_limit
+    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
     from .metrics import confusion_from_labels, iou_from_confusion, mean_iou
 
 __all__ = [
+    "RANGE_METHODS",
     "CalibrationProgress",
     "CalibrationSet",
     "ImageBatches",
+    "RangeMethod",
     "absolute_maxima",
     "activation_ranges",
     "confusion_from_labels",
@@ -30,7 +32,7 @@ __all__ = [
 _HOMES = {
     "activations": ("absolute_maxima", "activation_ranges", "float_tensor_maxima"),
     "calibration_images": ("CalibrationProgress", "CalibrationSet", "ImageBatches", "select_images"),
-    "histograms": ("entropy_limit", "percentile_limit"),
+    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "percentile_limit"),
     "metrics": ("confusion_from_labels", "iou_from_confusion", "mean_iou"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
