@@ -81,7 +81,7 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 def sample_batches(bundle: Bundle, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """The sample scenes of the package, each whole and its middle enlarged, as batches (1, H, W, 3) of a graph's size."""
+    """The sample scenes of the package, each whole and its middle enlarged, as batches of one image of a graph's size."""
     images = [load_image(path) for path in sorted(_SAMPLES.glob("*.png"))]
     images += [_middle(image) for image in images]
     colour = pad_colour(bundle)
