@@ -1,4 +1,5 @@
-"""TCL's losses, in the direct form: one mask for every pair of image and text, all of them in memory at once.
+"""TCL's losses. Where they take masks they are in the direct form: one for every pair of image and text, all of them in
+memory at once; tiled_losses.py computes the same without that.
 
 Shapes: B batch of pairs, N texts (N = B), D embedding, h w mask grid.
 Source: TCL (Cha et al., CVPR 2023), section 3.3.
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from tclkit.runtime.errors import ConfigError
 
+AREA_EPSILON = 1e-6  # added to the area that a pooled embedding is divided by
+NORM_EPSILON = 1e-6  # lengths of embeddings and texts are raised to this before masks are made
+POOL_EPSILON = 1e-12  # lengths of pooled embeddings and of the texts they are compared with are raised to this
 _MAX_LOGIT_SCALE = 100.0
-_AREA_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +27,15 @@ class LossWeights:
     area: both area losses.
     tv: both total variation losses.
     area_prior: share of the image that a text which belongs to it should cover, in 0..1.
+    tile: texts whose masks are in memory at a time, which changes rounding only; 0 computes all masks at once. The
+        default was the fastest measured (tests/bench/tiled_loss.py), for few texts too.
     """
 
     tcl: float = 0.1
     area: float = 0.4
     tv: float = 1.0
     area_prior: float = 0.4
+    tile: int = 256
 
     def __post_init__(self) -> None:
         for name in ("tcl", "area", "tv"):
@@ -37,6 +43,8 @@ class LossWeights:
                 raise ConfigError(f"loss weight {name} must not be negative, not {getattr(self, name)!r}.", key=name)
         if not 0 <= self.area_prior <= 1:
             raise ConfigError(f"area_prior must be in 0..1, not {self.area_prior!r}.", key="area_prior")
+        if self.tile < 0:
+            raise ConfigError(f"tile must be a number of texts, or 0 for all at once, not {self.tile!r}.", key="tile")
 
 
 def sample_hard_masks(logits: Tensor, noise_uniform: Tensor) -> Tensor:
@@ -52,59 +60,70 @@ def sample_hard_masks(logits: Tensor, noise_uniform: Tensor) -> Tensor:
     return hard - soft.detach() + soft
 
 
-def contrastive_loss(similarity_BN: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE; pair i is row i with column i.
+def contrastive_loss(
+    similarity_BN: Tensor, logit_scale: Tensor, *, columns_BN: Tensor | None = None, first_own: int = 0
+) -> Tensor:
+    """Symmetric InfoNCE; image i belongs to text first_own + i.
 
     Args:
-        similarity_BN: (B, B) cosines, images by texts.
+        similarity_BN: (B, N) cosines, images by texts.
         logit_scale: scalar, logarithm of the inverse temperature (which is held at 100 at most).
+        columns_BN: (B, N) cosines, the own texts by N images of which the own begin at first_own too. None: there are
+            no other images than these B, so they are the columns of similarity_BN that belong to the own texts.
+        first_own: index of image 0's text; not 0 where other processes hold the texts before it.
     """
-    logits_BN = similarity_BN * logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
-    target_B = torch.arange(len(logits_BN), device=logits_BN.device)
-    return (F.cross_entropy(logits_BN, target_B) + F.cross_entropy(logits_BN.T, target_B)) / 2
+    factor = logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
+    count, texts = similarity_BN.shape
+    target_B = torch.arange(count, device=similarity_BN.device)
+    rows_BN = similarity_BN * factor
+    row_loss = F.cross_entropy(rows_BN, target_B + first_own)
+    if columns_BN is not None:
+        column_loss = F.cross_entropy(columns_BN * factor, target_B + first_own)
+    else:
+        square_BN = rows_BN if count == texts else rows_BN[:, first_own : first_own + count]
+        column_loss = F.cross_entropy(square_BN.T, target_B)
+    return (row_loss + column_loss) / 2
 
 
-def image_level_loss(masked_image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:
-    """Contrast CLIP's embeddings of the masked images with those of the texts; neither needs to be normalised."""
-    similarity_BN = F.normalize(masked_image_BD, dim=-1) @ F.normalize(text_BD, dim=-1).T
-    return contrastive_loss(similarity_BN, logit_scale)
+def image_similarity(masked_image_BD: Tensor, text_ND: Tensor) -> Tensor:
+    """Cosines of CLIP's embeddings of the masked images with those of the texts, (B, N).
+
+    The image-level loss contrasts these; neither needs to be normalised.
+    """
+    return F.normalize(masked_image_BD, dim=-1) @ F.normalize(text_ND, dim=-1).T
 
 
 def pool_by_masks(embedding_BDhw: Tensor, masks_BNhw: Tensor) -> Tensor:
     """Mean embedding under every soft mask, (B, N, D); the embeddings are not normalised first."""
     total_BND = torch.einsum("bnhw,bdhw->bnd", masks_BNhw, embedding_BDhw)
-    return total_BND / (masks_BNhw.sum(dim=(2, 3)) + _AREA_EPSILON).unsqueeze(-1)
+    return total_BND / (masks_BNhw.sum(dim=(2, 3)) + AREA_EPSILON).unsqueeze(-1)
 
 
-def feature_level_loss(embedding_BDhw: Tensor, masks_BNhw: Tensor, text_ND: Tensor, logit_scale: Tensor) -> Tensor:
-    """Contrast the texts with what their own masks pool from every image.
+def pooled_similarity(embedding_BDhw: Tensor, masks_BNhw: Tensor, text_ND: Tensor) -> Tensor:
+    """Cosine of every text with what its own mask pools from every image, (B, N).
+
+    The feature-level loss contrasts these.
 
     Args:
         embedding_BDhw: (B, D, h, w) by the grounder, not normalised.
-        masks_BNhw: (B, N, h, w) soft masks of every text on every image, N = B.
+        masks_BNhw: (B, N, h, w) soft masks of every text on every image.
         text_ND: (N, D).
-        logit_scale: see `contrastive_loss`.
     """
     pooled_BND = F.normalize(pool_by_masks(embedding_BDhw, masks_BNhw), dim=-1)
-    similarity_BN = torch.einsum("bnd,nd->bn", pooled_BND, F.normalize(text_ND, dim=-1))
-    return contrastive_loss(similarity_BN, logit_scale)
+    return torch.einsum("bnd,nd->bn", pooled_BND, F.normalize(text_ND, dim=-1))
 
 
-def area_losses(masks_BNhw: Tensor, prior: float) -> tuple[Tensor, Tensor]:
-    """How far the mean area of matching pairs is from the prior, and that of all other pairs from zero.
+def mean_areas(area_BN: Tensor, first_own: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean area of the masks of matching pairs, and of all other pairs.
 
     Args:
-        masks_BNhw: (B, N, h, w) soft masks, N = B; pair i is image i with text i. B of 2 at least.
-        prior: share of the image, in 0..1.
-
-    Returns:
-        Two scalars. The means run over the whole batch: single images may stray as long as the batch does not.
+        area_BN: (B, N) mean of every soft mask; image i belongs to text first_own + i. N of 2 at least.
+        first_own: see `contrastive_loss`.
     """
-    area_BN = masks_BNhw.mean(dim=(2, 3))
-    count = len(area_BN)
-    own = area_BN.diagonal().sum()
-    others = (area_BN.sum() - own) / (count * (count - 1))
-    return (own / count - prior).abs(), others.abs()
+    count, texts = area_BN.shape
+    own = area_BN.diagonal(first_own).sum()
+    others = (area_BN.sum() - own) / (count * (texts - 1))
+    return own / count, others
 
 
 def total_variation(x: Tensor) -> Tensor:

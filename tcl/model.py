@@ -21,18 +21,20 @@ from ._strict import dataclass_from_dict
 from .clip import ClipConfig, build_clip, config_from_clip
 from .grounder import Grounder
 from .losses import (
+    NORM_EPSILON,
     LossWeights,
-    area_losses,
-    feature_level_loss,
-    image_level_loss,
+    contrastive_loss,
+    image_similarity,
+    mean_areas,
+    pooled_similarity,
     sample_hard_masks,
     total_variation,
 )
 from .pamr import refine_masks
+from .tiled_losses import pair_statistics
 from .vision import dense_embedding, global_embedding, run_blocks, run_trunk
 
 _KP_SCALE, _KP_SHIFT = 10.0, -2.5  # sigmoid(10·(cos - 0.25))
-_NORM_EPSILON = 1e-6
 _LOGIT_SCALE = math.log(1 / 0.07)  # both contrastive losses start at CLIP's initial temperature
 
 
@@ -83,6 +85,16 @@ class ImageFeatures:
 
     grounded_BDhw: Tensor  # noqa: N815
     kp_BDhw: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What the losses take from the masks of every image with every text."""
+
+    similarity_BN: Tensor  # noqa: N815
+    area_BN: Tensor  # noqa: N815
+    variation: Tensor
+    own_logits_Bhw: Tensor  # noqa: N815
 
 
 class TCL(nn.Module):
@@ -228,20 +240,46 @@ class TCL(nn.Module):
             trunk_BLC, h, w = self._run_trunk(images_BCHW)
         _require_shape("text embeddings", text_BD, (count, None))
         embedding_BDhw = self.grounder(trunk_BLC, h, w)
+        pairs = self._pairs(embedding_BDhw, text_BD, weights.tile)
+        hard_Bhw = sample_hard_masks(pairs.own_logits_Bhw, _own_noise(noise_uniform, pairs.own_logits_Bhw))
+        masked_BD = self._embed_masked_images(images_BCHW, hard_Bhw)
+        own_area, other_area = mean_areas(pairs.area_BN)
+        image_loss = contrastive_loss(image_similarity(masked_BD, text_BD), self.logit_scales["image"])
+        feature_loss = contrastive_loss(pairs.similarity_BN, self.logit_scales["feature"])
+        return {
+            "tcli_loss": weights.tcl * image_loss,
+            "tclf_loss": weights.tcl * feature_loss,
+            "area_loss": weights.area * (own_area - weights.area_prior).abs(),
+            "neg_area_loss": weights.area * other_area,
+            "tv_img_loss": weights.tv * total_variation(embedding_BDhw),
+            "tv_mask_loss": weights.tv * pairs.variation,
+        }
+
+    def _pairs(self, embedding_BDhw: Tensor, text_BD: Tensor, tile: int) -> "_Pairs":
+        if tile:
+            return self._pairs_in_tiles(embedding_BDhw, text_BD, tile)
         logits_BNhw = self.grounder.mask(similarity(embedding_BDhw, text_BD))
         masks_BNhw = torch.sigmoid(logits_BNhw)
-        hard_Bhw = sample_hard_masks(_diagonal(logits_BNhw), _own_noise(noise_uniform, logits_BNhw))
-        masked_BD = self._embed_masked_images(images_BCHW, hard_Bhw)
-        area, negative_area = area_losses(masks_BNhw, weights.area_prior)
-        feature_loss = feature_level_loss(embedding_BDhw, masks_BNhw, text_BD, self.logit_scales["feature"])
-        return {
-            "tcli_loss": weights.tcl * image_level_loss(masked_BD, text_BD, self.logit_scales["image"]),
-            "tclf_loss": weights.tcl * feature_loss,
-            "area_loss": weights.area * area,
-            "neg_area_loss": weights.area * negative_area,
-            "tv_img_loss": weights.tv * total_variation(embedding_BDhw),
-            "tv_mask_loss": weights.tv * total_variation(masks_BNhw),
-        }
+        area_BN = masks_BNhw.mean(dim=(2, 3))  # in this order: it is the order in which gradients are added up
+        return _Pairs(
+            similarity_BN=pooled_similarity(embedding_BDhw, masks_BNhw, text_BD),
+            area_BN=area_BN,
+            variation=total_variation(masks_BNhw),
+            own_logits_Bhw=_diagonal(logits_BNhw),
+        )
+
+    def _pairs_in_tiles(self, embedding_BDhw: Tensor, text_BD: Tensor, tile: int) -> "_Pairs":
+        compared_ND = F.normalize(text_BD, dim=-1)
+        line = self.grounder.mask
+        found = pair_statistics(
+            embedding_BDhw, normalize(text_BD, -1), compared_ND.unsqueeze(0), line.scale, line.shift, tile=tile
+        )
+        return _Pairs(
+            similarity_BN=found.similarity_KBN[0],
+            area_BN=found.area_BN,
+            variation=found.variation_BN.mean(),
+            own_logits_Bhw=found.own_logits_Bhw,
+        )
 
     def _embed_masked_images(self, images_BCHW: Tensor, masks_Bhw: Tensor) -> Tensor:
         """CLIP's embedding of what the masks leave, (B, D); gradients reach the masks through the frozen CLIP."""
@@ -277,7 +315,7 @@ def encode_text(clip: CLIP, token_ids_ML: Tensor) -> Tensor:
 
 def normalize(x: Tensor, dim: int) -> Tensor:
     """Scale vectors to length 1 the authors' way: the length is raised to 1e-6 at least."""
-    return F.normalize(x, dim=dim, eps=_NORM_EPSILON)
+    return F.normalize(x, dim=dim, eps=NORM_EPSILON)
 
 
 def similarity(embedding_BDhw: Tensor, text_embeddings_ND: Tensor) -> Tensor:
@@ -298,10 +336,10 @@ def _diagonal(x_BNhw: Tensor) -> Tensor:
     return x_BNhw[own_B, own_B]
 
 
-def _own_noise(noise_uniform: Tensor | None, logits_BNhw: Tensor) -> Tensor:
+def _own_noise(noise_uniform: Tensor | None, own_logits_Bhw: Tensor) -> Tensor:
     if noise_uniform is None:
-        return torch.rand_like(_diagonal(logits_BNhw), dtype=torch.float32)
-    count, _, h, w = logits_BNhw.shape
+        return torch.rand_like(own_logits_Bhw, dtype=torch.float32)
+    count, h, w = own_logits_Bhw.shape
     if noise_uniform.ndim == 4:
         _require_shape("noise", noise_uniform, (count, count, h, w))
         return _diagonal(noise_uniform)

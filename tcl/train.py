@@ -199,6 +199,8 @@ def _extra(config: TrainConfig, tokenizer_json: str, thresholds: dict[str, float
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:
     values = config.to_dict()
     values["grounder"].pop("kp_w")  # changes what is made of the model, not the model
+    if values["losses"]["tile"] == 0:
+        values["losses"].pop("tile")  # runs from before there were tiles can go on
     return {name: values[name] for name in ("seed", "precision", *sections)}
 
 

@@ -8,9 +8,9 @@ import torch
 from tclkit.runtime.errors import ConfigError
 from tclkit.tcl import LossWeights
 from tclkit.tcl.losses import (
-    area_losses,
     contrastive_loss,
-    image_level_loss,
+    image_similarity,
+    mean_areas,
     pool_by_masks,
     sample_hard_masks,
     total_variation,
@@ -48,10 +48,27 @@ def test_temperature_is_held():
     assert contrastive_loss(similarity, torch.tensor(9.0)) == contrastive_loss(similarity, torch.tensor(math.log(100)))
 
 
-def test_image_level_loss_ignores_lengths():
-    images, texts = torch.randn(3, 8), torch.randn(3, 8)
-    scale = torch.tensor(2.0)
-    assert torch.allclose(image_level_loss(images, texts, scale), image_level_loss(7 * images, texts / 3, scale))
+def test_image_similarity_ignores_lengths():
+    images, texts = torch.randn(3, 8), torch.randn(5, 8)
+    assert torch.allclose(image_similarity(images, texts), image_similarity(7 * images, texts / 3), atol=1e-6)
+    assert torch.allclose(image_similarity(images, images).diagonal(), torch.ones(3))
+
+
+def test_parts_of_a_batch_contrast_like_the_whole():
+    """Two processes hold two images and two texts each; every process has its rows and its columns."""
+    similarity, scale = torch.rand(4, 4), torch.tensor(1.5)
+    parts = [
+        contrastive_loss(similarity[own], scale, columns_BN=similarity[:, own].T, first_own=own.start)
+        for own in (slice(0, 2), slice(2, 4))
+    ]
+    assert torch.allclose(sum(parts) / 2, contrastive_loss(similarity, scale))
+
+
+def test_areas_of_parts_average_to_the_whole():
+    area = torch.rand(4, 4)
+    parts = [mean_areas(area[:2], 0), mean_areas(area[2:], 2)]
+    for whole, one, other in zip(mean_areas(area), *parts, strict=True):
+        assert torch.allclose(whole, (one + other) / 2)
 
 
 def test_pooling_is_a_weighted_mean():
@@ -66,8 +83,8 @@ def test_pooling_is_a_weighted_mean():
 def test_areas_are_counted_over_the_batch():
     masks = torch.zeros(2, 2, 4, 4)
     masks[0, 0], masks[0, 1] = 0.8, 0.5
-    own, others = area_losses(masks, prior=0.4)
-    assert own.item() == pytest.approx(0.0, abs=1e-6)
+    own, others = mean_areas(masks.mean(dim=(2, 3)))
+    assert own.item() == pytest.approx(0.4)
     assert others.item() == pytest.approx(0.25)
 
 
@@ -77,7 +94,9 @@ def test_total_variation_adds_both_directions():
     assert total_variation(torch.ones(2, 3, 5, 6)).item() == 0
 
 
-@pytest.mark.parametrize(("key", "value"), [("tcl", -1.0), ("area", -0.1), ("area_prior", 1.2), ("tv", -2.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("tcl", -1.0), ("area", -0.1), ("area_prior", 1.2), ("tv", -2.0), ("tile", -1)]
+)
 def test_impossible_weights_are_refused(key, value):
     with pytest.raises(ConfigError, match=key):
         LossWeights(**{key: value})

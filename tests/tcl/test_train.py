@@ -14,7 +14,7 @@ from tclkit.runtime.errors import CheckpointError, ConfigError, TrainingError
 from tclkit.tcl.checkpoint import load_checkpoint, load_model
 from tclkit.tcl.config import TrainConfig, load_config
 from tclkit.tcl.loop import TrainProgress
-from tclkit.tcl.train import train
+from tclkit.tcl.train import _fingerprint, train
 
 TINY = [
     "world.size=32",
@@ -136,6 +136,13 @@ def test_another_configuration_is_refused(tiny: TrainConfig, tmp_path: Path) -> 
         train(other, run_folder=tmp_path)
     with pytest.raises(_StopError):
         train(other, run_folder=tmp_path, resume="never", progress=_stop_at("clip", 1))
+
+
+def test_runs_from_before_the_tiles_can_go_on() -> None:
+    """What a checkpoint of version 0.1 has written of the losses, and of nothing else in the recipe since."""
+    losses = _fingerprint(load_config("tcl-shapes"), "losses")["losses"]
+    assert losses == {"tcl": 0.1, "area": 0.4, "tv": 0.5, "area_prior": 0.17}
+    assert _fingerprint(load_config("tcl-shapes", ["losses.tile=8"]), "losses")["losses"]["tile"] == 8
 
 
 def test_a_damaged_checkpoint_is_named(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tclkit.tcl.losses import pool_by_masks
+from tclkit.tcl.losses import LossWeights, pool_by_masks
 from tclkit.tcl.model import similarity
 from tclkit.tcl.official import clip_name, our_name
 from tclkit.tcl.schedule import learning_rate, parameter_groups
@@ -23,13 +23,14 @@ def flat_double(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().flatten().numpy()
 
 
+@pytest.mark.parametrize("tile", [0, 1, 3, 256])
 @pytest.mark.parametrize("phase", STAGES)
-def test_losses_and_gradients_are_the_authors(phase, official_model, arrays, check):
+def test_losses_and_gradients_are_the_authors(phase, tile, official_model, arrays, check):
     data = arrays("train_B4.npz")
     image, tokens, noise = (torch.from_numpy(data[name]) for name in ("image", "tokens", "uniform_noise"))
     official_model.train()
     official_model.train_stage(STAGES[phase])
-    losses = official_model(image, tokens, noise_uniform=noise)
+    losses = official_model(image, tokens, noise_uniform=noise, weights=LossWeights(tile=tile))
     total = sum(losses.values())
     total.backward()
     for name in LOSSES:
@@ -69,7 +70,8 @@ def test_values_on_the_way_are_the_authors(official_model, arrays, check):
     check("training intermediates", pool_by_masks(embedding, masks), data["pooled_image_emb_BNC"])
 
 
-def test_four_steps_are_the_authors(official_model, arrays, check):
+@pytest.mark.parametrize("tile", [0, 3])
+def test_four_steps_are_the_authors(tile, official_model, arrays, check):
     data = arrays("train_steps.npz")
     config = json.loads(str(data["config"]))
     image, tokens, noise = (torch.from_numpy(data[name]) for name in ("image", "tokens", "uniform_noise_per_step"))
@@ -83,7 +85,7 @@ def test_four_steps_are_the_authors(official_model, arrays, check):
         check("learning rate", lr, data[f"step{step}/lr_used"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = official_model(image, tokens, noise_uniform=noise[step])
+        losses = official_model(image, tokens, noise_uniform=noise[step], weights=LossWeights(tile=tile))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(official_model.parameters(), config["clip_grad"])
