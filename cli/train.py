@@ -44,16 +44,25 @@ def train(
     ] = Resume.AUTO,
     debug: DebugOption = False,
 ) -> None:
-    """Train a model; run the same command again to go on after an interruption."""
+    """Train a model; run the same command again to go on after an interruption.
+
+    torchrun shares the work: torchrun --nproc-per-node 2 --no-python tclkit train ...
+    """
     require_extra("train", "torch", "open_clip")
     from tclkit.tcl.config import load_config
+    from tclkit.tcl.distributed import process_group
     from tclkit.tcl.train import train as train_model
 
     settings = load_config(config, overrides or [])
     folder = run_folder or Path("runs") / settings.name
-    say(f"training {settings.name} in {folder}; an interrupted run goes on with the same command")
-    with training_display() as progress:
-        result = train_model(settings, run_folder=folder, resume=resume.value, progress=progress)
+    with process_group() as place:
+        if not place.is_first:
+            train_model(settings, run_folder=folder, resume=resume.value)
+            return
+        shared = f" with {place.count} processes" if place.count > 1 else ""
+        say(f"training {settings.name} in {folder}{shared}; an interrupted run goes on with the same command")
+        with training_display() as progress:
+            result = train_model(settings, run_folder=folder, resume=resume.value, progress=progress)
     _report(result, settings.name)
 
 

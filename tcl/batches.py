@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tclkit.runtime.tokenizer import Tokenizer
 
+from .distributed import current_place
 from .world import Scene, WorldConfig, scene
 
 # ImageNet's statistics, which TCL uses instead of CLIP's (per RGB channel, of values in 0..255).
@@ -33,6 +34,8 @@ def images_to_tensor(images_BHWC: np.ndarray) -> Tensor:
 class WorldBatches:
     """Draws batches in which no two captions are equal, since equal ones would be each other's false negatives.
 
+    Over several processes each takes its part of one batch that all draw: `batch_size` pairs a process.
+
     position: index of the next scene; set it to continue an earlier run.
     """
 
@@ -44,10 +47,12 @@ class WorldBatches:
         """Draw the next batch, from another world than usual when one is given."""
         world = world or self._world
         drawn: dict[str, Scene] = {}
-        while len(drawn) < self._batch_size:
+        place = current_place()
+        while len(drawn) < self._batch_size * place.count:
             candidate = scene(world, self.position)
             self.position += 1
             drawn.setdefault(candidate.caption, candidate)
-        images = np.stack([one.image for one in drawn.values()])
-        token_ids = self._tokenizer.encode(list(drawn))
+        own = list(drawn.values())[place.rank * self._batch_size : (place.rank + 1) * self._batch_size]
+        images = np.stack([one.image for one in own])
+        token_ids = self._tokenizer.encode([one.caption for one in own])
         return Batch(images_to_tensor(images), torch.from_numpy(token_ids))

@@ -16,6 +16,7 @@ from tclkit.runtime.files import atomic_file
 
 from .batches import WorldBatches
 from .config import StageConfig
+from .distributed import current_place, mean_over_processes
 from .schedule import learning_rate
 
 _LOG_EVERY = 10
@@ -77,6 +78,8 @@ def run_stage(
 ) -> None:
     """Optimise a stage to its end, from its last checkpoint when the folder holds one.
 
+    Over several processes the first one writes and reports, and all read the same folder.
+
     Args:
         stage: what to optimise; its model holds the result.
         run_folder: gets last-NAME.pt every `save_every` steps and a line of log.jsonl every ten.
@@ -93,11 +96,12 @@ def run_stage(
     while step < stage.settings.steps:
         values = _step(stage, step)
         step += 1
-        if progress:
+        first = current_place().is_first
+        if progress and first:
             progress(TrainProgress(stage=stage.name, step=step, steps=stage.settings.steps, losses=values))
-        if step % _LOG_EVERY == 0 or step == stage.settings.steps:
+        if first and (step % _LOG_EVERY == 0 or step == stage.settings.steps):
             _log(run_folder / "log.jsonl", {"stage": stage.name, "step": step, "time": time.time(), **values})
-        if step % save_every == 0 or step == stage.settings.steps:
+        if first and (step % save_every == 0 or step == stage.settings.steps):
             _save(stage, path, step, fingerprint)
 
 
@@ -114,7 +118,7 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
         group["lr"] = lr
     losses = stage.losses(step)
     total = torch.stack(list(losses.values())).sum()
-    values = {name: loss.item() for name, loss in losses.items()}
+    values = mean_over_processes(losses)
     if not math.isfinite(sum(values.values())):
         raise TrainingError(
             f"the losses of {stage.name} step {step} are {values}: not finite. "
@@ -127,7 +131,7 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
     norm = nn.utils.clip_grad_norm_(learned, stage.settings.clip_grad)
     stage.optimizer.step()
     stage.after_step()
-    return {**values, "total": total.item(), "grad_norm": norm.item(), "lr": lr}
+    return {**values, "total": mean_over_processes({"total": total})["total"], "grad_norm": norm.item(), "lr": lr}
 
 
 def _save(stage: Stage, path: Path, step: int, fingerprint: Mapping[str, Any]) -> None:

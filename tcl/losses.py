@@ -29,6 +29,10 @@ class LossWeights:
     area_prior: share of the image that a text which belongs to it should cover, in 0..1.
     tile: texts whose masks are in memory at a time, which changes rounding only; 0 computes all masks at once. The
         default was the fastest measured (tests/bench/tiled_loss.py), for few texts too.
+    reference_bugs: over several processes, compute the feature-level loss, the area loss and the average of gradients
+        as the authors' code does, for comparison with it: text to image, their feature-level loss pairs a text with
+        the mask of another process's text; their area loss judges each process's mean by itself; and the tensors of
+        the grounder's CLIP block are not averaged. One process computes the same either way.
     """
 
     tcl: float = 0.1
@@ -36,6 +40,7 @@ class LossWeights:
     tv: float = 1.0
     area_prior: float = 0.4
     tile: int = 256
+    reference_bugs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tcl", "area", "tv"):

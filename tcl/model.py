@@ -19,6 +19,7 @@ from tclkit.runtime.errors import CheckpointError, ConfigError, InputError
 
 from ._strict import dataclass_from_dict
 from .clip import ClipConfig, build_clip, config_from_clip
+from .distributed import Place, current_place, gather
 from .grounder import Grounder
 from .losses import (
     NORM_EPSILON,
@@ -91,7 +92,7 @@ class ImageFeatures:
 class _Pairs:
     """What the losses take from the masks of every image with every text."""
 
-    similarity_BN: Tensor  # noqa: N815
+    similarity_KBN: list[Tensor]  # noqa: N815
     area_BN: Tensor  # noqa: N815
     variation: Tensor
     own_logits_Bhw: Tensor  # noqa: N815
@@ -215,14 +216,19 @@ class TCL(nn.Module):
         noise_uniform: Tensor | None = None,
         weights: LossWeights | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of one batch of pairs, on one process.
+        """Losses of one batch of pairs.
+
+        With several processes (torch.distributed) each gives its own part of the batch, B pairs of N, and gets its
+        share of the losses: their mean over the processes is what one process finds on the whole batch, and so is
+        that of their gradients.
 
         Args:
             images_BCHW: (B, 3, H, W) float, normalised with ImageNet's mean and std; sides are multiples of the patch.
             token_ids_BL: (B, L) int64, text i belongs to image i.
-            noise_uniform: (B, B, s·h, s·w) uniform in 0..1 for drawing hard masks, of which the diagonal counts; or
-                (B, s·h, s·w), that diagonal. None: drawn by torch's generator of the device.
-            weights: how much each loss counts; None: the authors' choice.
+            noise_uniform: (B, N, s·h, s·w) uniform in 0..1 for drawing hard masks, of which that of each image's own
+                text counts; or (B, s·h, s·w), these alone. None: drawn by torch's generator of the device, which must
+                be in the same state on all processes.
+            weights: how much each loss counts and how it is computed; None: the authors' choice.
 
         Returns:
             Scalars, already weighted, to be summed: tcli_loss (image level), tclf_loss (feature level), area_loss,
@@ -231,21 +237,33 @@ class TCL(nn.Module):
         Raises:
             InputError: fewer than two pairs (nothing to contrast), or a shape is wrong.
         """
-        count = len(images_BCHW)
+        count, place = len(images_BCHW), current_place()
         if count < 2:
             raise InputError(f"training needs at least two pairs a batch, not {count}.")
         weights = weights or LossWeights()
         with torch.no_grad():
             text_BD = self.encode_text(token_ids_BL)
+            _require_shape("text embeddings", text_BD, (count, None))
+            text_ND = gather(text_BD)
             trunk_BLC, h, w = self._run_trunk(images_BCHW)
-        _require_shape("text embeddings", text_BD, (count, None))
         embedding_BDhw = self.grounder(trunk_BLC, h, w)
-        pairs = self._pairs(embedding_BDhw, text_BD, weights.tile)
-        hard_Bhw = sample_hard_masks(pairs.own_logits_Bhw, _own_noise(noise_uniform, pairs.own_logits_Bhw))
-        masked_BD = self._embed_masked_images(images_BCHW, hard_Bhw)
-        own_area, other_area = mean_areas(pairs.area_BN)
-        image_loss = contrastive_loss(image_similarity(masked_BD, text_BD), self.logit_scales["image"])
-        feature_loss = contrastive_loss(pairs.similarity_BN, self.logit_scales["feature"])
+        faulty = weights.reference_bugs and place.count > 1
+        compared_KND = _compared_by_reference(text_ND, place) if faulty else text_ND.unsqueeze(0)
+        pairs = self._pairs(embedding_BDhw, text_ND, compared_KND, weights.tile, place)
+        noise_Bhw = _own_noise(noise_uniform, pairs.own_logits_Bhw, place)
+        masked_BD = self._embed_masked_images(images_BCHW, sample_hard_masks(pairs.own_logits_Bhw, noise_Bhw))
+        own_area, other_area = mean_areas(pairs.area_BN, place.rank * count)
+        if not faulty:
+            own_area = gather(own_area.view(1)).mean()
+        similarity_BN = image_similarity(masked_BD, text_ND)
+        image_columns_BN = _own_columns(similarity_BN, place)
+        feature_BN = pairs.similarity_KBN[0]
+        feature_columns_BN = (
+            _columns_by_reference(pairs.similarity_KBN, place) if faulty else _own_columns(feature_BN, place)
+        )
+        scales, first = self.logit_scales, place.rank * count
+        image_loss = contrastive_loss(similarity_BN, scales["image"], columns_BN=image_columns_BN, first_own=first)
+        feature_loss = contrastive_loss(feature_BN, scales["feature"], columns_BN=feature_columns_BN, first_own=first)
         return {
             "tcli_loss": weights.tcl * image_loss,
             "tclf_loss": weights.tcl * feature_loss,
@@ -255,27 +273,36 @@ class TCL(nn.Module):
             "tv_mask_loss": weights.tv * pairs.variation,
         }
 
-    def _pairs(self, embedding_BDhw: Tensor, text_BD: Tensor, tile: int) -> "_Pairs":
+    def _pairs(
+        self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, place: Place
+    ) -> "_Pairs":
+        first_own = place.rank * len(embedding_BDhw)
         if tile:
-            return self._pairs_in_tiles(embedding_BDhw, text_BD, tile)
-        logits_BNhw = self.grounder.mask(similarity(embedding_BDhw, text_BD))
+            return self._pairs_in_tiles(embedding_BDhw, text_ND, compared_KND, tile, first_own)
+        logits_BNhw = self.grounder.mask(similarity(embedding_BDhw, text_ND))
         masks_BNhw = torch.sigmoid(logits_BNhw)
         area_BN = masks_BNhw.mean(dim=(2, 3))  # in this order: it is the order in which gradients are added up
         return _Pairs(
-            similarity_BN=pooled_similarity(embedding_BDhw, masks_BNhw, text_BD),
+            similarity_KBN=[pooled_similarity(embedding_BDhw, masks_BNhw, text_ND) for text_ND in compared_KND],
             area_BN=area_BN,
             variation=total_variation(masks_BNhw),
-            own_logits_Bhw=_diagonal(logits_BNhw),
+            own_logits_Bhw=_diagonal(logits_BNhw, first_own),
         )
 
-    def _pairs_in_tiles(self, embedding_BDhw: Tensor, text_BD: Tensor, tile: int) -> "_Pairs":
-        compared_ND = F.normalize(text_BD, dim=-1)
-        line = self.grounder.mask
+    def _pairs_in_tiles(
+        self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, first_own: int
+    ) -> "_Pairs":
         found = pair_statistics(
-            embedding_BDhw, normalize(text_BD, -1), compared_ND.unsqueeze(0), line.scale, line.shift, tile=tile
+            embedding_BDhw,
+            normalize(text_ND, -1),
+            F.normalize(compared_KND, dim=-1),
+            self.grounder.mask.scale,
+            self.grounder.mask.shift,
+            tile=tile,
+            first_own=first_own,
         )
         return _Pairs(
-            similarity_BN=found.similarity_KBN[0],
+            similarity_KBN=list(found.similarity_KBN),
             area_BN=found.area_BN,
             variation=found.variation_BN.mean(),
             own_logits_Bhw=found.own_logits_Bhw,
@@ -331,20 +358,48 @@ def pad_to_patch(images_BCHW: Tensor, patch_size: int) -> tuple[Tensor, tuple[in
     return F.pad(images_BCHW, (left, extra_x - left, top, extra_y - top)), (left, top)
 
 
-def _diagonal(x_BNhw: Tensor) -> Tensor:
+def _diagonal(x_BNhw: Tensor, first_own: int) -> Tensor:
     own_B = torch.arange(len(x_BNhw), device=x_BNhw.device)
-    return x_BNhw[own_B, own_B]
+    return x_BNhw[own_B, own_B + first_own]
 
 
-def _own_noise(noise_uniform: Tensor | None, own_logits_Bhw: Tensor) -> Tensor:
-    if noise_uniform is None:
-        return torch.rand_like(own_logits_Bhw, dtype=torch.float32)
+def _own_noise(noise_uniform: Tensor | None, own_logits_Bhw: Tensor, place: Place) -> Tensor:
     count, h, w = own_logits_Bhw.shape
+    first_own = place.rank * count
+    if noise_uniform is None:
+        # Every process draws for all, so that their generators stay in step and the draw is that of one process.
+        noise_Nhw = torch.rand(count * place.count, h, w, device=own_logits_Bhw.device)
+        return noise_Nhw[first_own : first_own + count]
     if noise_uniform.ndim == 4:
-        _require_shape("noise", noise_uniform, (count, count, h, w))
-        return _diagonal(noise_uniform)
+        _require_shape("noise", noise_uniform, (count, count * place.count, h, w))
+        return _diagonal(noise_uniform, first_own)
     _require_shape("noise", noise_uniform, (count, h, w))
     return noise_uniform
+
+
+def _own_columns(similarity_BN: Tensor, place: Place) -> Tensor | None:
+    """The own texts by the images of all processes, (B, N); None when there are no other processes."""
+    if place.count == 1:
+        return None
+    count = len(similarity_BN)
+    return gather(similarity_BN)[:, place.rank * count : (place.rank + 1) * count].T
+
+
+def _compared_by_reference(text_ND: Tensor, place: Place) -> Tensor:
+    """The right text for every mask, then for each process the text that the authors pair with the mask, (1 + R, N, D).
+
+    Their text-to-image half takes, for text j of a process and any image, the mask of text j of the *image's* process.
+    """
+    text_RBD = text_ND.view(place.count, -1, text_ND.shape[-1])
+    return torch.cat([text_ND.unsqueeze(0), text_RBD.repeat(1, place.count, 1)])
+
+
+def _columns_by_reference(similarity_KBN: list[Tensor], place: Place) -> Tensor:
+    """The own texts by the images of all processes as the authors pair them, (B, N); see `_compared_by_reference`."""
+    count = len(similarity_KBN[0])
+    own = slice(place.rank * count, (place.rank + 1) * count)
+    paired_BRB = torch.stack([similarity_BN[:, own] for similarity_BN in similarity_KBN[1:]], dim=1)
+    return gather(paired_BRB)[:, place.rank].T
 
 
 def kp_masks(kp_BDhw: Tensor, text_embeddings_ND: Tensor) -> Tensor:

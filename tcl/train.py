@@ -32,6 +32,7 @@ from .checkpoint import save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import TrainConfig
+from .distributed import current_place, wait_for_all
 from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
 from .loop import ProgressCallback, run_stage
@@ -40,6 +41,8 @@ from .tokenizer_file import pruned_tokenizer_json, vocabulary_size
 from .world import COLOURS, SHAPES, TEMPLATES, every_wording
 
 _GROUNDER_FIRST_SCENE = 1 << 40  # far from every scene that CLIP saw
+
+_LOSSES_BEFORE = {"tile": 0, "reference_bugs": False}  # what version 0.1 did
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,9 @@ def train(
 ) -> TrainingResult:
     """Train what `config` describes, going on where an earlier call with the same folder stopped.
 
+    Over several processes (torchrun) every process calls it with the same folder on a disk that all see. The first one
+    writes, evaluates and reports; on the others the result has no scores and its checkpoint may not be written yet.
+
     Args:
         config: the whole recipe.
         run_folder: made when missing.
@@ -75,16 +81,20 @@ def train(
         TrainingError: a loss is not finite.
     """
     began = time.monotonic()
-    folder = Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume == "never":
-        _clear(folder)
+    folder, place = Path(run_folder), current_place()
     tokenizer_json = _tokenizer_json(config.clip)
     tokenizer = Tokenizer(tokenizer_json, config.clip.context_length)
-    _write_json(folder / "config.json", config.to_dict())
+    if place.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume == "never":
+            _clear(folder)
+        _write_json(folder / "config.json", config.to_dict())
+    wait_for_all()
     clip = _finished_clip(config, folder, tokenizer, progress)
     model = _finished_grounder(config, folder, tokenizer, clip, progress)
     checkpoint = folder / "tcl.pt"
+    if not place.is_first:
+        return TrainingResult(checkpoint=checkpoint, scores=(), seconds=time.monotonic() - began)
     if not checkpoint.exists():
         thresholds = choose_thresholds(model, tokenizer, config, progress=progress)
         save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json, thresholds))
@@ -99,6 +109,11 @@ def _finished_clip(config: TrainConfig, folder: Path, tokenizer: Tokenizer, prog
     finished = folder / "clip.pt"
     if finished.exists():
         return _load_clip(finished, config.clip, fingerprint)
+    if current_place().count > 1:
+        raise ConfigError(
+            "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
+            key="clip_checkpoint",
+        )
     torch.manual_seed(config.seed)
     clip = build_clip(config.clip)
     batches = WorldBatches(config.world, tokenizer, config.clip_training.batch_size)
@@ -199,9 +214,12 @@ def _extra(config: TrainConfig, tokenizer_json: str, thresholds: dict[str, float
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:
     values = config.to_dict()
     values["grounder"].pop("kp_w")  # changes what is made of the model, not the model
-    if values["losses"]["tile"] == 0:
-        values["losses"].pop("tile")  # runs from before there were tiles can go on
-    return {name: values[name] for name in ("seed", "precision", *sections)}
+    for key, before in _LOSSES_BEFORE.items():  # runs from before there was a choice can go on
+        if values["losses"][key] == before:
+            values["losses"].pop(key)
+    place = current_place()
+    processes = {"processes": place.count} if place.count > 1 else {}
+    return {**{name: values[name] for name in ("seed", "precision", *sections)}, **processes}
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--grid", type=int, default=56, help="cells a side of a mask")
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
-    parser.add_argument("--tile", type=int, default=64, help="texts at a time")
+    parser.add_argument("--tile", type=int, default=256, help="texts at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="processes a figure")
     parser.add_argument("--repeats", type=int, default=1, help="runs in a process; the first one pays for fresh memory")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import tclkit.tcl.train as train_module
 from tclkit.runtime.errors import CheckpointError, ConfigError, TrainingError
 from tclkit.tcl.checkpoint import load_checkpoint, load_model
 from tclkit.tcl.config import TrainConfig, load_config
+from tclkit.tcl.distributed import Place
 from tclkit.tcl.loop import TrainProgress
 from tclkit.tcl.train import _fingerprint, train
 
@@ -160,6 +162,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: TrainConfig, tmp_path: Pa
 def test_a_vocabulary_of_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the world's vocabulary has 613 tokens"):
         train(replace(tiny, clip=replace(tiny.clip, vocab_size=600)), run_folder=tmp_path)
+
+
+def test_a_clip_is_not_trained_by_several_processes(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "current_place", lambda: Place(0, 2))
+    with pytest.raises(ConfigError, match=r"trained by one process.*clip_checkpoint"):
+        train(tiny, run_folder=tmp_path)
 
 
 def test_another_runs_clip_can_be_taken(tiny: TrainConfig, tmp_path: Path) -> None:
