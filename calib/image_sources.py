@@ -168,8 +168,8 @@ class _Opener:
         return source
 
     def _from_pattern(self) -> ImageSource:
-        patterns = _expanded_braces(self._text)
-        paths = list(dict.fromkeys(itertools.chain.from_iterable(map(_paths_behind, patterns))))
+        patterns = expand_braces(self._text)
+        paths = list(dict.fromkeys(itertools.chain.from_iterable(map(paths_behind, patterns))))
         if not any(path.exists() for path in paths):
             raise InputError(f"{self._text}: no file matches this pattern. {REMEDY}", source=self._text)
         images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -372,7 +372,7 @@ def _frame(capture: cv2.VideoCapture, name: str) -> NDArray[np.uint8]:
     return cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
-def _expanded_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Braces of shard names, as webdataset writes them: {0000..0012} and {train,val}."""
     done: list[str] = []
     waiting = [pattern]
@@ -393,7 +393,7 @@ def _expanded_braces(pattern: str) -> list[str]:
     return done
 
 
-def _paths_behind(pattern: str) -> list[Path]:
+def paths_behind(pattern: str) -> list[Path]:
     """Files behind a glob; a name without glob signs stands for itself, there or not, so that a gap is told."""
     if not _GLOB_SIGNS & set(pattern):
         return [Path(pattern)]

@@ -1,6 +1,7 @@
 """Batches of the synthetic world for training: seeded, endless, resumable by one number."""
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ class Batch:
 
     images_BCHW: Tensor  # noqa: N815
     token_ids_BL: Tensor  # noqa: N815
+
+
+class Batches(Protocol):
+    """Where a stage of training gets its data.
+
+    position: how far they have been read, as plain values; set it to continue an earlier run.
+    """
+
+    position: Any
+
+    def next(self) -> Batch:
+        """Draw the next batch of this process."""
 
 
 def images_to_tensor(images_BHWC: np.ndarray) -> Tensor:

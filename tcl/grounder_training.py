@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .batches import WorldBatches
+from .batches import Batches
 from .config import TrainConfig
 from .distributed import parallel
 from .model import TCL
@@ -20,7 +20,7 @@ class GrounderStage:
 
     name = "grounder"
 
-    def __init__(self, config: TrainConfig, model: TCL, batches: WorldBatches) -> None:
+    def __init__(self, config: TrainConfig, model: TCL, batches: Batches) -> None:
         self.settings = config.grounder_training
         self.model = model.train()
         self.batches = batches

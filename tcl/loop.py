@@ -14,9 +14,9 @@ from torch import nn
 from tclkit.runtime.errors import CheckpointError, TrainingError
 from tclkit.runtime.files import atomic_file
 
-from .batches import WorldBatches
+from .batches import Batches
 from .config import StageConfig
-from .distributed import current_place, mean_over_processes
+from .distributed import current_place, gather_values, mean_over_processes
 from .schedule import learning_rate
 
 _LOG_EVERY = 10
@@ -58,7 +58,7 @@ class Stage(Protocol):
         """Of the model's parameters."""
 
     @property
-    def batches(self) -> WorldBatches:
+    def batches(self) -> Batches:
         """Where the data come from, and how far they have been read."""
 
     def losses(self, step: int) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def run_stage(
             progress(TrainProgress(stage=stage.name, step=step, steps=stage.settings.steps, losses=values))
         if first and (step % _LOG_EVERY == 0 or step == stage.settings.steps):
             _log(run_folder / "log.jsonl", {"stage": stage.name, "step": step, "time": time.time(), **values})
-        if first and (step % save_every == 0 or step == stage.settings.steps):
+        if step % save_every == 0 or step == stage.settings.steps:
             _save(stage, path, step, fingerprint)
 
 
@@ -135,9 +135,12 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
 
 
 def _save(stage: Stage, path: Path, step: int, fingerprint: Mapping[str, Any]) -> None:
+    place, positions = current_place(), gather_values(stage.batches.position)
+    if not place.is_first:
+        return
     state = {
         "step": step,
-        "position": stage.batches.position,
+        "position": positions if place.count > 1 else positions[0],
         "model": stage.model.state_dict(),
         "optimizer": stage.optimizer.state_dict(),
         "random_state": torch.get_rng_state(),
@@ -158,7 +161,8 @@ def _restore(stage: Stage, path: Path, fingerprint: Mapping[str, Any]) -> int:
         )
     stage.model.load_state_dict(state["model"])
     stage.optimizer.load_state_dict(state["optimizer"])
-    stage.batches.position = state["position"]
+    place = current_place()
+    stage.batches.position = state["position"][place.rank] if place.count > 1 else state["position"]
     torch.set_rng_state(state["random_state"])
     return int(state["step"])
 

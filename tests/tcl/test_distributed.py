@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from tclkit.tcl.distributed import Place, current_place, gather, mean_over_processes, parallel, process_group
+from tclkit.tcl.distributed import (
+    Place,
+    current_place,
+    gather,
+    gather_values,
+    mean_over_processes,
+    parallel,
+    process_group,
+)
 from tclkit.tcl.official import our_name
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -202,6 +210,7 @@ def test_alone_nothing_changes():
     assert current_place() == Place(0, 1)
     assert gather(x) is x
     assert parallel(model) is model
+    assert gather_values(3) == [3]
     assert mean_over_processes({"a": torch.tensor(0.5)}) == {"a": 0.5}
     with process_group() as place:
         assert place.is_first

@@ -1,0 +1,354 @@
+"""Image-text pairs for training: webdataset shards, folders and CSV files, read in a seeded order from any position.
+
+A reader is one worker of one process; each reads its own part of every source. Shards are opened a few at a time: their
+headers are listed, the pairs of all are mixed, and each is read where it lies. So an order needs no buffer, and where
+a reader stands is a few numbers. Files must be local.
+"""
+
+import csv
+import itertools
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tclkit.calib.image_sources import SHARD_SUFFIX, expand_braces, paths_behind
+from tclkit.runtime.errors import ConfigError, InputError
+from tclkit.runtime.images import load_image
+from tclkit.runtime.tokenizer import clean_text
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_TEXT_SUFFIX = ".txt"
+_IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "filepath", "path"), ("caption", "text", "title")
+_MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
+_MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
+_BROKEN_ALLOWED = 20  # so many are let pass before their share counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairsConfig:
+    """Where pairs come from and which of them are good enough.
+
+    sources: names of shards ("cc3m/{00000..00331}.tar", globs too), folders of images with a .txt beside each, or CSV
+        files with the columns image and caption.
+    weights: how often each source is drawn from, in proportion; empty: all alike.
+    seed: of the order and of the augmentation.
+    min_side: images with a shorter side are broken, in pixels.
+    max_broken: share of broken pairs, 0 or more and below 1, above which training stops.
+    """
+
+    sources: list[str]
+    weights: list[float] = field(default_factory=list)
+    seed: int = 0
+    min_side: int = 16
+    max_broken: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("pairs.sources is empty; name shards, folders or CSV files", key="sources")
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            raise ConfigError(
+                f"pairs.weights must be one positive number for each of {len(self.sources)} sources, "
+                f"not {self.weights!r}",
+                key="weights",
+            )
+        if not 0 <= self.max_broken < 1:
+            raise ConfigError(
+                f"pairs.max_broken must be 0 or more and below 1, not {self.max_broken!r}", key="max_broken"
+            )
+        if self.min_side < 1:
+            raise ConfigError(f"pairs.min_side must be 1 pixel or more, not {self.min_side!r}", key="min_side")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image, (H, W, 3) uint8 RGB, and its cleaned caption; number counts a reader's pairs, broken ones too."""
+
+    image_hwc: NDArray[np.uint8]
+    caption: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes in a file: a member of a shard or a whole file."""
+
+    path: Path
+    start: int = 0
+    size: int = -1
+
+    def read(self, limit: int) -> bytes:
+        if self.size > limit:
+            raise InputError(f"{self.size:,} bytes are more than the {limit:,} allowed")
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            content = stream.read(self.size if self.size >= 0 else limit + 1)
+        if len(content) > limit or len(content) < self.size:
+            raise InputError(f"{len(content):,} bytes do not fit the {self.size:,} expected, or the {limit:,} allowed")
+        return content
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A pair that has not been read; what is missing is None."""
+
+    name: str
+    image: _Piece | None
+    text: _Piece | str | None
+
+
+class PairReader:
+    """An endless stream of one reader's pairs, the same for the same numbers, and its position.
+
+    broken: how many pairs were passed over, by reason: "no image", "no text", "image", "small image", "empty text", and
+        "shard" for every shard that ends too early or cannot be read.
+    """
+
+    def __init__(self, config: PairsConfig, *, reader: int = 0, readers: int = 1) -> None:
+        """Find the files of every source.
+
+        Args:
+            config: see `PairsConfig`.
+            reader: which part of every source to read, in 0..readers-1.
+            readers: how many parts there are; a source of shards must have at least so many.
+
+        Raises:
+            InputError: a source has no files, or too few shards for so many readers.
+        """
+        self._config, self._reader = config, reader
+        self._sources = [_open_source(name, config.seed + i, reader, readers) for i, name in enumerate(config.sources)]
+        weights = np.array(config.weights or [1.0] * len(self._sources))
+        self._shares = weights / weights.sum()
+        self.broken: Counter[str] = Counter()
+        self._number = 0
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands, as plain numbers; set it to go on there."""
+        states = [source.position for source in self._sources]
+        return {"number": self._number, "sources": states, "broken": dict(self.broken)}
+
+    @position.setter
+    def position(self, position: Mapping[str, Any]) -> None:
+        if len(position["sources"]) != len(self._sources):
+            raise InputError(
+                f"the position is one of {len(position['sources'])} sources, but there are {len(self._sources)}; "
+                "go on with the sources that the run began with"
+            )
+        self._number, self.broken = position["number"], Counter(position["broken"])
+        for source, state in zip(self._sources, position["sources"], strict=True):
+            source.position = list(state)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Read on; after a pair `position` is that of the next one.
+
+        Raises:
+            InputError: more pairs are broken than the configuration allows, or a source has no pair at all.
+        """
+        while True:
+            choice = np.random.default_rng([self._config.seed, self._reader, self._number]).random()
+            chosen = min(int(np.searchsorted(np.cumsum(self._shares), choice, side="right")), len(self._sources) - 1)
+            source, number = self._sources[chosen], self._number
+            entry = source.next(self.broken)
+            self._number += 1
+            try:
+                pair = self._read(entry, number)
+            except _BrokenError as error:
+                self.broken[error.reason] += 1
+                self._stop_at_limit(entry.name)
+            else:
+                yield pair
+
+    def _read(self, entry: _Entry, number: int) -> Pair:
+        if entry.image is None:
+            raise _BrokenError("no image")
+        if entry.text is None:
+            raise _BrokenError("no text")
+        try:
+            text = entry.text if isinstance(entry.text, str) else entry.text.read(_MAX_TEXT_BYTES).decode("utf-8")
+            caption = clean_caption(text)
+        except (InputError, UnicodeDecodeError, OSError) as error:
+            raise _BrokenError("no text") from error
+        if not caption:
+            raise _BrokenError("empty text")
+        try:
+            image_hwc = load_image(entry.image.read(_MAX_IMAGE_BYTES), name=entry.name)
+        except (InputError, OSError) as error:
+            raise _BrokenError("image") from error
+        if min(image_hwc.shape[:2]) < self._config.min_side:
+            raise _BrokenError("small image")
+        return Pair(image_hwc, caption, number)
+
+    def _stop_at_limit(self, name: str) -> None:
+        count = self.broken.total() - self.broken["shard"]
+        if count > max(_BROKEN_ALLOWED, self._config.max_broken * self._number):
+            reasons = ", ".join(f"{amount} of {reason!r}" for reason, amount in sorted(self.broken.items()))
+            raise InputError(
+                f"{count} of {self._number} pairs are broken ({reasons}), more than pairs.max_broken = "
+                f"{self._config.max_broken} allows; the last one is {name}. Look at the data, or raise the limit"
+            )
+
+
+def clean_caption(text: str) -> str:
+    """Clean a caption as CLIP cleans prompts; one without a letter or digit becomes empty.
+
+    Raises:
+        InputError: not valid Unicode.
+    """
+    cleaned = clean_text("".join(sign if sign.isprintable() else " " for sign in text))
+    return cleaned if any(sign.isalnum() for sign in cleaned) else ""
+
+
+class _BrokenError(Exception):
+    """A pair that cannot be used, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Source:
+    """Entries of one source, epoch after epoch, each time in another seeded order.
+
+    position: [epoch, first shard of the group that is being read, entries taken of it].
+    """
+
+    def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int]) -> None:
+        self._name, self._shards, self._seed = name, shards, seed
+        self.position = [0, 0, 0]
+        self._loaded: tuple[int, int] | None = None
+        self._group: list[_Entry] = []
+        self._barren = 0  # groups in a row without an entry
+
+    def next(self, broken: Counter[str]) -> _Entry:
+        while True:
+            epoch, first, taken = self.position
+            if self._loaded != (epoch, first):
+                self._load(epoch, first, broken, begun=taken > 0)
+            if taken < len(self._group):
+                self.position = [epoch, first, taken + 1]
+                return self._group[taken]
+            first += _MIXED_SHARDS
+            self.position = [epoch, first, 0] if first < len(self._shards) else [epoch + 1, 0, 0]
+
+    def _load(self, epoch: int, first: int, broken: Counter[str], *, begun: bool) -> None:
+        order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._shards))
+        entries: list[_Entry] = []
+        for i in order[first : first + _MIXED_SHARDS]:
+            found, whole = self._shards[i].entries()
+            entries += found
+            if not whole and not begun:  # one that is gone on with has been counted
+                broken["shard"] += 1
+        mixed = np.random.default_rng([*self._seed, epoch, first, 1]).permutation(len(entries))
+        self._group, self._loaded = [entries[i] for i in mixed], (epoch, first)
+        self._barren = 0 if entries else self._barren + 1
+        if self._barren * _MIXED_SHARDS >= len(self._shards) + _MIXED_SHARDS:
+            raise InputError(f"{self._name} holds no image and no text; see that it is what you mean")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A tar file, or the entries of a folder or CSV file that one reader has."""
+
+    path: Path
+    listed: tuple[_Entry, ...] | None = None
+
+    def entries(self) -> tuple[list[_Entry], bool]:
+        """What it holds, by name, and whether it could be read to its end."""
+        if self.listed is not None:
+            return list(self.listed), True
+        pieces: dict[str, dict[str, _Piece]] = {}
+        whole = True
+        try:
+            size = self.path.stat().st_size
+            with tarfile.open(self.path, "r:") as archive:
+                for member in archive:
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError("the last member is cut")
+                    if member.isfile():
+                        _sort_in(pieces, member.name, _Piece(self.path, member.offset_data, member.size))
+        except (tarfile.TarError, OSError):
+            whole = False
+        return [
+            _Entry(f"{self.path.name}/{name}", kinds.get("image"), kinds.get("text")) for name, kinds in pieces.items()
+        ], whole
+
+
+def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece) -> None:
+    """A sample is what has the same name up to the first dot of its last part, as webdataset has it."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    suffix = dot + ending.lower()
+    if stem and suffix in (*_IMAGE_SUFFIXES, _TEXT_SUFFIX):
+        pieces.setdefault(folder + slash + stem, {})["text" if suffix == _TEXT_SUFFIX else "image"] = piece
+
+
+def _open_source(name: str, seed: int, reader: int, readers: int) -> _Source:
+    path = Path(name)
+    if path.is_dir():
+        shards = [_listed(path, _entries_of_folder(path), reader, readers)]
+    elif path.suffix.lower() == ".csv":
+        shards = [_listed(path, _entries_of_csv(path), reader, readers)]
+    else:
+        shards = [_Shard(path) for path in _shard_paths(name)[reader::readers]]
+        if not shards:
+            raise InputError(
+                f"{name} has fewer shards than the {readers} readers (processes x workers); each needs one of its own. "
+                "Use fewer workers, or split the shards"
+            )
+    return _Source(name, shards, (seed, reader))
+
+
+def _shard_paths(name: str) -> list[Path]:
+    paths = sorted({path for pattern in expand_braces(name) for path in paths_behind(pattern)})
+    if not paths:
+        raise InputError(f"no file fits {name}; check the pattern", source=name)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(paths)} shards of {name} do not exist, {missing[0]} first")
+    other = [path for path in paths if path.suffix != SHARD_SUFFIX]
+    if other:
+        raise InputError(f"{other[0]} is no {SHARD_SUFFIX} file; a source is shards, a folder or a .csv file")
+    return paths
+
+
+def _listed(path: Path, entries: Iterator[_Entry], reader: int, readers: int) -> _Shard:
+    own = tuple(itertools.islice(entries, reader, None, readers))
+    if not own:
+        raise InputError(f"{path} has no pairs, or fewer than the {readers} readers (processes x workers)")
+    return _Shard(path, own)
+
+
+def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
+    pieces: dict[str, dict[str, _Piece]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sort_in(pieces, path.relative_to(folder).as_posix(), _Piece(path))
+    for name, kinds in pieces.items():
+        yield _Entry(name, kinds.get("image"), kinds.get("text"))
+
+
+def _entries_of_csv(path: Path) -> Iterator[_Entry]:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream)
+            names = [_column(path, rows.fieldnames or [], wanted) for wanted in (_IMAGE_COLUMNS, _TEXT_COLUMNS)]
+            for row in rows:
+                image, text = (row[name] for name in names)
+                yield _Entry(image or path.name, _Piece(path.parent / image) if image else None, text)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; check the path", path=str(path)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a CSV file in UTF-8: {error}", path=str(path)) from error
+
+
+def _column(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:
+    for name in columns:
+        if name.strip().lower() in wanted:
+            return name
+    raise InputError(f"{path} has no column {' or '.join(wanted)}; its columns are {', '.join(columns) or 'none'}")

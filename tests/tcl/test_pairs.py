@@ -1,0 +1,262 @@
+"""Reading pairs: shards, folders, CSV files, what is broken in them, and going on from a position."""
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tclkit.runtime.errors import ConfigError, InputError
+from tclkit.tcl.pairs import PairReader, PairsConfig, clean_caption
+
+
+def jpeg(colour: int, side: int = 20) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), (colour, 0, 0)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """A tar file as img2dataset writes it."""
+    with tarfile.open(path, "w") as archive:
+        for name, parts in samples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def good(number: int) -> dict[str, bytes]:
+    meta = json.dumps({"caption": "not this one"}).encode()
+    return {"jpg": jpeg(number), "txt": f"picture {number}".encode(), "json": meta}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Callable[..., str]:
+    """shards(3, pairs=4): writes three shards of four pairs each; returns their pattern."""
+
+    def write(count: int, pairs: int = 4, name: str = "a") -> str:
+        for i in range(count):
+            samples = {f"{i:05d}{j:04d}": good(i * pairs + j) for j in range(pairs)}
+            write_shard(tmp_path / f"{name}-{i:05d}.tar", samples)
+        return str(tmp_path / f"{name}-{{00000..{count - 1:05d}}}.tar")
+
+    return write
+
+
+def reader(*sources: str | Path, number: int = 0, readers: int = 1, **changes) -> PairReader:
+    return PairReader(PairsConfig(sources=list(map(str, sources)), **changes), reader=number, readers=readers)
+
+
+def captions(pairs: PairReader, count: int) -> list[str]:
+    return [pair.caption for pair in itertools.islice(pairs, count)]
+
+
+def test_an_epoch_has_every_pair_once_and_the_next_another_order(shards):
+    pairs = reader(shards(3))
+    first, second = captions(pairs, 12), captions(pairs, 12)
+    assert sorted(first) == sorted(second) == sorted(f"picture {i}" for i in range(12))
+    assert first != second
+    assert first != [f"picture {i}" for i in range(12)]
+
+
+def test_more_shards_than_are_mixed_are_all_read(shards):
+    assert len(set(captions(reader(shards(19, pairs=2)), 38))) == 38
+
+
+def test_the_image_belongs_to_its_caption(shards):
+    for pair in itertools.islice(reader(shards(2)), 8):
+        assert pair.image_hwc.shape == (20, 20, 3)
+        assert abs(int(pair.image_hwc[0, 0, 0]) - int(pair.caption.split()[1])) <= 2
+
+
+def test_the_seed_decides_the_order(shards):
+    pattern = shards(3)
+    assert captions(reader(pattern, seed=1), 12) == captions(reader(pattern, seed=1), 12)
+    assert captions(reader(pattern, seed=1), 12) != captions(reader(pattern, seed=2), 12)
+
+
+def test_globs_and_lists_of_names_find_the_same(shards, tmp_path):
+    pattern = shards(3)
+    whole = captions(reader(pattern), 12)
+    assert captions(reader(tmp_path / "*.tar"), 12) == whole
+    assert captions(reader(tmp_path / "a-{00000,00001,00002}.tar"), 12) == whole
+
+
+def test_readers_share_without_duplicates(shards):
+    pattern = shards(5, pairs=2)
+    parts = [captions(reader(pattern, number=i, readers=2), count) for i, count in ((0, 6), (1, 4))]
+    assert sorted(parts[0] + parts[1]) == sorted(f"picture {i}" for i in range(10))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 12, 13, 30])
+def test_a_position_is_gone_on_from(shards, taken):
+    pattern = shards(9, pairs=2)
+    pairs = reader(pattern)
+    captions(pairs, taken)
+    position = json.loads(json.dumps(pairs.position))  # plain values only
+    rest = captions(pairs, 30)
+    other = reader(pattern)
+    other.position = position
+    assert captions(other, 30) == rest
+    assert other.position == pairs.position
+
+
+def test_weights_say_how_often_a_source_is_drawn(shards, tmp_path):
+    one, other = shards(1, name="one"), shards(1, name="two")
+    sources = PairsConfig(sources=[one, other], weights=[3.0, 1.0])
+    pairs = PairReader(sources)
+    captions(pairs, 200)
+    drawn = [epoch * 4 + taken for epoch, _, taken in pairs.position["sources"]]
+    assert sum(drawn) == 200
+    assert drawn[0] / 200 == pytest.approx(0.75, abs=0.08)
+
+
+def test_a_folder_and_a_csv_file_work_too(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(jpeg(i))
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    rows = "".join(f'folder/{i}.png,"picture {i}, really",x\n' for i in range(4))
+    (tmp_path / "pairs.csv").write_text("Filepath,Caption,other\n" + rows)
+    assert sorted(captions(reader(folder), 4)) == [f"picture {i}" for i in range(4)]
+    assert sorted(captions(reader(tmp_path / "pairs.csv"), 4)) == [f"picture {i}, really" for i in range(4)]
+    parts = [captions(reader(folder, number=i, readers=2), 2) for i in range(2)]
+    assert sorted(parts[0] + parts[1]) == [f"picture {i}" for i in range(4)]
+
+
+def test_what_is_broken_is_counted_and_passed_over(tmp_path):
+    samples = {
+        "text-only": {"txt": b"no picture"},
+        "image-only": {"jpg": jpeg(1)},
+        "tiny": {"jpg": jpeg(1, side=1), "txt": b"one pixel"},
+        "empty": {"jpg": jpeg(1), "txt": b" \n"},
+        "signs": {"jpg": jpeg(1), "txt": b"?!..."},
+        "latin": {"jpg": jpeg(1), "txt": "Übung".encode("latin-1")},
+        "cut": {"jpg": jpeg(1)[:100], "txt": b"half a picture"},
+        "other": {"jpg": b"no image at all", "txt": b"something"},
+        "good": good(7),
+    }
+    pairs = reader(write_shard(tmp_path / "a.tar", samples))
+    assert captions(pairs, 2) == ["picture 7"] * 2
+    epoch, _, taken = pairs.position["sources"][0]
+    assert (epoch, pairs.position["number"]) == (1, 9 + taken)
+    assert pairs.broken.keys() == {"no image", "no text", "small image", "empty text", "image"}
+    captions(pairs, 1)
+    first_two = 18 - 2  # all but the good pair of two epochs
+    assert first_two <= pairs.broken.total() < first_two + 8
+
+
+def test_a_shard_cut_in_half_gives_what_stands_before_the_cut(shards, tmp_path):
+    pattern = shards(2, pairs=6)
+    path = tmp_path / "a-00001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    pairs = reader(pattern)
+    found = set(captions(pairs, 12))
+    assert {f"picture {i}" for i in range(6)} < found  # the whole shard, and some of the other
+    assert found <= {f"picture {i}" for i in range(12)}
+    counted = pairs.broken["shard"]
+    assert counted in (1, 2)
+    captions(pairs, 24)
+    assert pairs.broken["shard"] > counted  # once an epoch
+
+
+def test_cut_anywhere_a_shard_gives_only_whole_images(shards, tmp_path):
+    shards(1, pairs=3)
+    content = (tmp_path / "a-00000.tar").read_bytes()
+    write_shard(tmp_path / "b.tar", {"x": good(100)})
+    for size in range(0, len(content), 357):
+        (tmp_path / "a-00000.tar").write_bytes(content[:size])
+        pairs = reader(tmp_path / "{a-00000,b}.tar")
+        for pair in itertools.islice(pairs, 4):
+            assert abs(int(pair.image_hwc[0, 0, 0]) - int(pair.caption.split()[1])) <= 2
+
+
+def test_too_many_broken_pairs_stop_the_reading(tmp_path):
+    samples = {f"{i:03d}": good(i) if i % 4 else {"txt": b"no picture"} for i in range(100)}
+    path = write_shard(tmp_path / "a.tar", samples)
+    with pytest.raises(InputError, match=r"21 of \d+ pairs are broken \(21 of 'no image'\).*max_broken = 0.05"):
+        captions(reader(path), 100)
+    assert len(captions(reader(path, max_broken=0.3), 75)) == 75
+
+
+def test_a_source_without_a_pair_is_refused(tmp_path):
+    path = write_shard(tmp_path / "a.tar", {"a": {"json": b"{}"}})
+    with pytest.raises(InputError, match="holds no image and no text"):
+        captions(reader(path), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none-*.tar", "no file fits"),
+        ("a-{00000..00005}.tar", "4 of 6 shards of .* do not exist"),
+        ("notes.pdf", "is no .tar file"),
+        ("none.csv", "does not exist"),
+        ("wrong.csv", "has no column image or filepath or path; its columns are a, b"),
+        ("empty", "has no pairs"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_refused(shards, tmp_path, name, message):
+    shards(2)
+    (tmp_path / "notes.pdf").write_text("x")
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        reader(tmp_path / name)
+
+
+def test_fewer_shards_than_readers_are_refused(shards):
+    pattern = shards(2)
+    with pytest.raises(InputError, match=r"fewer shards than the 3 readers"):
+        reader(pattern, number=2, readers=3)
+
+
+def test_a_position_of_other_sources_is_refused(shards):
+    one, other = reader(shards(1)), reader(shards(1), shards(1, name="b"))
+    with pytest.raises(InputError, match="the position is one of 1 sources"):
+        other.position = one.position
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"sources": []}, "sources"),
+        ({"sources": ["a"], "weights": [1.0, 2.0]}, "weights"),
+        ({"sources": ["a"], "weights": [0.0]}, "weights"),
+        ({"sources": ["a"], "max_broken": 1.0}, "max_broken"),
+        ({"sources": ["a"], "min_side": 0}, "min_side"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, key):
+    with pytest.raises(ConfigError, match=key):
+        PairsConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  A  Red\tCircle\n", "a red circle"),
+        ("cats &amp; dogs", "cats & dogs"),
+        ("zero\x00byte", "zero byte"),
+        ("schÃ¶n", "schön"),
+        ("赤い丸", "赤い丸"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_captions_are_cleaned(text, cleaned):
+    assert clean_caption(text) == cleaned
+
+
+def test_images_come_as_bytes(shards):
+    pair = next(iter(reader(shards(1))))
+    assert pair.image_hwc.dtype == np.uint8
+    assert pair.number == 0
