@@ -3,8 +3,8 @@
     tclkit build-engine --fp16 --calibration scenes/ --prepare-only -o bundles/fp16      # and so on, then
     python tests/bench/precision_on_world.py bundles/fp16:fp32 bundles/fp16:fp16 bundles/int8:int8 --scenes 512
 
-Half precision is emulated as the gate does it: every tensor rounded. Prompts are the objects in the scene; labels are those
-of `tclkit segment`, at the bundle's own threshold, without PAMR.
+Half precision is emulated as the gate does it: every tensor rounded. Prompts are the objects in the scene; labels are
+those of `tclkit segment`, at the bundle's own threshold, without PAMR.
 """
 
 import argparse
