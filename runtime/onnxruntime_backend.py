@@ -128,7 +128,8 @@ def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, int], str]:
     if not files:
         have = ", ".join(bundle.manifest.precisions)
         message = f"{bundle.name} has no image graph in {precision}, only in {have}"
-        raise BackendError(f"{message}. Make it: {build_command(bundle, precision)} --prepare-only", precision=precision)
+        remedy = f"Make it: {build_command(bundle, precision)} --prepare-only"
+        raise BackendError(f"{message}. {remedy}", precision=precision)
     return files
 
 
