@@ -17,7 +17,7 @@ from tclkit.runtime.prompts import unknown_words
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.text_cache import TextCache
 
-from .gates import Gate
+from .gates import Gate, Judged
 
 _SAMPLES = Path(runtime.__file__).parent / "samples"
 
@@ -41,19 +41,19 @@ def default_prompts(bundle: Bundle) -> tuple[str, ...]:
 
 def gate_on(
     bundle: Bundle,
-    backend: OnnxRuntimeBackend,
+    reference: Judged,
     images: Sequence[NDArray[np.uint8]],
     text_ND: NDArray[np.float32],
     report: Callable[[str, int, int], None],
 ) -> Gate:
-    """The gate of a bundle's float32 graph on some batches."""
+    """The gate of a reference, which is a bundle's float32 graph as a rule, on some batches."""
     return Gate(
-        backend,
+        reference,
         images,
         text_ND,
         kp_w=bundle.manifest.kp_w,
         threshold=bundle.manifest.thresholds.background,
-        progress=lambda done: report("reference in float32", done, sum(map(len, images))),
+        progress=lambda done: report("reference", done, sum(map(len, images))),
     )
 
 
