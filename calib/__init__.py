@@ -1,5 +1,16 @@
 """Looks at data to tune or judge a compiled model. Never imports torch."""
 
-from .metrics import confusion_from_labels, iou_from_confusion, mean_iou
+from .benchmarks import Benchmark, benchmark_named, benchmarks
+from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
 
-__all__ = ["confusion_from_labels", "iou_from_confusion", "mean_iou"]
+__all__ = [
+    "Benchmark",
+    "Scores",
+    "benchmark_named",
+    "benchmarks",
+    "confusion_from_labels",
+    "count_pixels",
+    "iou_from_confusion",
+    "mean_iou",
+    "scores_from_counts",
+]
