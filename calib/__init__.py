@@ -1,16 +1,26 @@
 """Looks at data to tune or judge a compiled model. Never imports torch."""
 
-from .benchmarks import Benchmark, benchmark_named, benchmarks
+from .benchmarks import Benchmark, benchmark_named, published_benchmarks
+from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
 from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
+from .prepare import Prepared, prepare
 
 __all__ = [
     "Benchmark",
+    "Dataset",
+    "Example",
+    "FolderDataset",
+    "Prepared",
     "Scores",
     "benchmark_named",
-    "benchmarks",
     "confusion_from_labels",
     "count_pixels",
     "iou_from_confusion",
     "mean_iou",
+    "missing_parts",
+    "open_benchmark",
+    "open_own_data",
+    "prepare",
+    "published_benchmarks",
     "scores_from_counts",
 ]

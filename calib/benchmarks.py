@@ -19,6 +19,10 @@ IGNORED: Final = 255
 """Value of a label map that no benchmark counts."""
 
 BACKGROUND_NAME: Final = "background"
+
+PREPARED: Final = ("coco_stuff", "coco_object", "context", "context59", "cityscapes")
+"""Benchmarks whose label maps have to be made with `prepare`; those of the others are used as they are shipped."""
+
 _FILE = Path(__file__).with_name("benchmarks.json")
 
 
@@ -91,7 +95,7 @@ class Benchmark:
 
 
 @functools.lru_cache(maxsize=1)
-def benchmarks() -> dict[str, Benchmark]:
+def published_benchmarks() -> dict[str, Benchmark]:
     """The eight, by key."""
     raw: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
     templates = tuple(raw["templates"])
@@ -107,7 +111,7 @@ def benchmark_named(key: str) -> Benchmark:
     Raises:
         InputError: there is none of this name; names the nearest.
     """
-    known = benchmarks()
+    known = published_benchmarks()
     if key not in known:
         (nearest,) = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise InputError(f"no benchmark {key!r}; did you mean {nearest!r}? There are {', '.join(known)}", key=key)

@@ -23,15 +23,33 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tests/runtime/tiny_bundle.py: `tiny.write_tiny_bundle`, `tiny.PALETTE`, ..."""
-    name = "tclkit_tests_tiny_bundle"
+    return _module("tiny_bundle", TESTS / "runtime" / "tiny_bundle.py")
+
+
+@pytest.fixture(scope="session")
+def mini() -> ModuleType:
+    """The module tests/calib/mini_benchmarks.py: `mini.write_all`, `mini.CLASS_COLOURS`, ..."""
+    return _module("mini_benchmarks", TESTS / "calib" / "mini_benchmarks.py")
+
+
+def _module(stem: str, path: Path) -> ModuleType:
+    name = f"tclkit_tests_{stem}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TESTS / "runtime" / "tiny_bundle.py")
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def class_bundle_folder(tiny: ModuleType, mini: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle that calls its eight colours by names of classes of the benchmarks; for reading only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "PALETTE", mini.CLASS_COLOURS)
+        return tiny.write_tiny_bundle(tmp_path_factory.mktemp("models") / "classes")  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
