@@ -21,7 +21,7 @@ IGNORED: Final = 255
 BACKGROUND_NAME: Final = "background"
 
 PREPARED: Final = ("coco_stuff", "coco_object", "context", "context59", "cityscapes")
-"""Benchmarks whose label maps have to be made with `prepare`; those of the others are used as they are shipped."""
+"""Benchmarks whose label maps have to be made with `prepare_labels`; the others' are used as they are shipped."""
 
 _FILE = Path(__file__).with_name("benchmarks.json")
 

@@ -69,7 +69,7 @@ class Prepared:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def prepare(key: str, folder: Path, *, source: str = "auto", progress: Progress | None = None) -> Prepared:
+def prepare_labels(key: str, folder: Path, *, source: str = "auto", progress: Progress | None = None) -> Prepared:
     """Make the label maps of one benchmark.
 
     Args:

@@ -59,7 +59,7 @@ class Stats:
 
     Attributes:
         images: segmented, or turned into features.
-        windows: runs of the image graph.
+        windows: inputs of the image graph.
         text_encoder_runs: runs of the text graph.
         text_cache_hits: prompts whose embedding came from the disk cache.
         timings_ms: stage -> milliseconds, all images together.
@@ -102,14 +102,23 @@ class Segmenter:
     A Segmenter belongs to the thread that first uses it; other threads open their own.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, cache: "TextCache | None" = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, *, cache: "TextCache | None" = None, windows_per_run: int = 1
+    ) -> None:
         """Join an opened bundle and the backend that runs it; most callers use `Segmenter.open`.
 
         Args:
             bundle: the model.
             backend: opened on the same bundle.
             cache: of text embeddings; None embeds every prompt anew.
+            windows_per_run: windows of one image that the image graph takes at once, at most.
+
+        Raises:
+            InputError: windows_per_run is below 1.
         """
+        if windows_per_run < 1:
+            raise InputError(f"windows_per_run should be 1 or more, found {windows_per_run}")
+        self.windows_per_run = windows_per_run
         self.bundle = bundle
         self.backend = backend
         self.cache = cache
@@ -132,6 +141,7 @@ class Segmenter:
         precision: str = "fp32",
         threads: int | None = None,
         verify: bool = True,
+        windows_per_run: int = 1,
     ) -> "Segmenter":
         """Open a model.
 
@@ -142,6 +152,8 @@ class Segmenter:
             precision: of the image graph: "fp32", or another that the bundle holds.
             threads: CPU threads; None takes every CPU this process may use.
             verify: compare the bundle's files with their hashes first.
+            windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and
+                needs memory for as many.
 
         Raises:
             BundleError: unknown name, incomplete or damaged.
@@ -149,7 +161,7 @@ class Segmenter:
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
-        return cls(bundle, opened, cache=_text_cache(cache))
+        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run)
 
     @property
     def model(self) -> str:
@@ -327,13 +339,15 @@ class Segmenter:
         return self._labelled(prepared.image_hwc, prepared.plan, fitted, prompts, options, timings)
 
     def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
-        """Features of the windows one by one, so that those of many windows need not be held."""
+        """Features of the windows one by one: no more are held than one run of the image graph makes."""
         self._total_ms["preprocess"] += prepared.preprocess_ms
-        for window_hwc in prepared.inputs:
+        for start in range(0, len(prepared.inputs), self.windows_per_run):
+            windows = prepared.inputs[start : start + self.windows_per_run]
             with self._timed("image", timings):
-                features = self.backend.image_features(window_hwc[None])
-            self._counters["windows"] += 1
-            yield features
+                features = self.backend.image_features(np.stack(windows))
+            self._counters["windows"] += len(windows)
+            for index in range(len(windows)):
+                yield _features_of(features, index)
 
     def _fitted_masks(
         self,
@@ -472,6 +486,12 @@ class Segmenter:
         elapsed = _elapsed_ms(start)
         timings[stage] = timings.get(stage, 0.0) + elapsed
         self._total_ms[stage] += elapsed
+
+
+def _features_of(batch: Features, index: int) -> Features:
+    """Features of one image of a batch, as a batch of one."""
+    one = slice(index, index + 1)
+    return Features(grounded=batch.grounded[one], kp=None if batch.kp is None else batch.kp[one])
 
 
 def _elapsed_ms(start: float) -> float:

@@ -37,7 +37,7 @@ CONTEXT_IDS = {
     "tree": 420,
     "wall": 440,
 }
-COCO_PIXELS = {"person": 0, "bicycle": 1, "car": 2, "road": 148, "tree": 168}
+COCO_PIXELS = {"person": 0, "bicycle": 1, "car": 2, "tree": 168}  # "railroad" has the token of "road" here
 CITYSCAPES_IDS = {"road": 7, "wall": 12, "sky": 23, "person": 24, "car": 26, "bicycle": 33}
 ADE = {"wall": 1, "sky": 3, "tree": 5, "road": 7, "person": 13, "car": 21, "bicycle": 128}
 

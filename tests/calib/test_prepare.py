@@ -10,7 +10,7 @@ from PIL import Image
 
 from tclkit.calib.benchmarks import benchmark_named, published_benchmarks
 from tclkit.calib.datasets import missing_files, missing_parts, open_benchmark
-from tclkit.calib.prepare import coco_object_table, coco_stuff_table, prepare
+from tclkit.calib.prepare import coco_object_table, coco_stuff_table, prepare_labels
 from tclkit.runtime.errors import InputError
 
 
@@ -29,20 +29,20 @@ def test_every_benchmark_is_complete_once_prepared(data: Path, key: str) -> None
         assert f"tclkit data prepare {key} --root DIR" in missing[0]
         with pytest.raises(InputError, match="is not complete"):
             open_benchmark(key, data)
-    outcome = prepare(key, data)
+    outcome = prepare_labels(key, data)
     assert bool(outcome.written) == needs_it
     assert outcome.problems == []
     dataset = open_benchmark(key, data)
     assert missing_files(dataset) == []
     assert len(dataset) == (2 if key.startswith("context") else 3)  # one of Context's is for training
-    again = prepare(key, data)
+    again = prepare_labels(key, data)
     assert (again.written, again.kept) == (0, outcome.written)
 
 
 @pytest.mark.parametrize("key", sorted(published_benchmarks()))
 def test_labels_name_what_is_in_the_picture(mini: ModuleType, data: Path, key: str) -> None:
     """Through file, conversion and reduce-zero: the class at each pixel is the one whose colour is there."""
-    prepare(key, data)
+    prepare_labels(key, data)
     dataset = open_benchmark(key, data)
     for index in range(len(dataset)):
         example = dataset.load(index)
@@ -93,7 +93,7 @@ def test_coco_object_from_instances(tmp_path: Path, mini: ModuleType) -> None:
         "segmentation": {"size": [6, 8], "counts": mini.run_lengths(crowd)},
     }  # fmt: skip
     write_instances(tmp_path / "coco_stuff164k", [small, large, many])
-    outcome = prepare("coco_object", tmp_path)
+    outcome = prepare_labels("coco_object", tmp_path)
     assert (outcome.written, outcome.problems) == (1, [])
     assert "instances_val2017.json" in outcome.source
     expected = np.zeros((6, 8), int)
@@ -105,19 +105,19 @@ def test_coco_object_from_instances(tmp_path: Path, mini: ModuleType) -> None:
 
 
 def test_pixel_maps_come_first_and_either_can_be_asked_for(data: Path) -> None:
-    assert "annotations/val2017" in prepare("coco_object", data).source
+    assert "annotations/val2017" in prepare_labels("coco_object", data).source
     with pytest.raises(InputError, match="neither is there"):
-        prepare("coco_object", data, source="instances")
+        prepare_labels("coco_object", data, source="instances")
     with pytest.raises(InputError, match="only coco_object"):
-        prepare("cityscapes", data, source="instances")
+        prepare_labels("cityscapes", data, source="instances")
     with pytest.raises(InputError, match="unknown source 'web'"):
-        prepare("coco_object", data, source="web")
+        prepare_labels("coco_object", data, source="web")
 
 
 def test_a_damaged_annotation_is_named_and_the_others_are_made(tmp_path: Path) -> None:
     bad = {"image_id": 139, "category_id": 1, "iscrowd": 0, "area": 1, "segmentation": {"size": [6, 8], "counts": [3]}}
     write_instances(tmp_path, [bad])
-    outcome = prepare("coco_object", tmp_path)
+    outcome = prepare_labels("coco_object", tmp_path)
     assert outcome.written == 0
     assert outcome.problems == [("000000000139_instanceTrainIds.png", "run lengths cover 3 pixels, the image has 48")]
 
@@ -134,16 +134,16 @@ def test_a_damaged_annotation_file(tmp_path: Path, text: str, message: str) -> N
     write_instances(tmp_path, [])
     (tmp_path / "annotations/instances_val2017.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        prepare("coco_object", tmp_path)
+        prepare_labels("coco_object", tmp_path)
 
 
 def test_an_interrupted_conversion_goes_on(data: Path) -> None:
     labels = data / "cityscapes/gtFine/val"
-    prepare("cityscapes", data)
+    prepare_labels("cityscapes", data)
     made = sorted(labels.rglob("*_labelTrainIds.png"))
     before = made[0].stat().st_mtime_ns
     made[1].unlink()
-    outcome = prepare("cityscapes", data)
+    outcome = prepare_labels("cityscapes", data)
     assert (outcome.written, outcome.kept) == (1, 2)
     assert made[0].stat().st_mtime_ns == before
     assert sorted(labels.rglob("*_labelTrainIds.png")) == made
@@ -151,14 +151,14 @@ def test_an_interrupted_conversion_goes_on(data: Path) -> None:
 
 def test_progress_ends_at_the_total(data: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    prepare("coco_stuff", data, progress=lambda *at: seen.append(at))
+    prepare_labels("coco_stuff", data, progress=lambda *at: seen.append(at))
     assert seen == [("coco_stuff label maps", done, 3) for done in range(4)]
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing to convert: expected .*gtFine/val/\*\*/\*_gtFine_labelIds.png"):
-        prepare("cityscapes", tmp_path)
+        prepare_labels("cityscapes", tmp_path)
     with pytest.raises(InputError, match=r"made from .*trainval_merged.json .*not there"):
-        prepare("context", tmp_path)
+        prepare_labels("context", tmp_path)
     with pytest.raises(InputError, match="is no folder"):
-        prepare("context", tmp_path / "elsewhere")
+        prepare_labels("context", tmp_path / "elsewhere")

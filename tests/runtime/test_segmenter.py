@@ -311,3 +311,32 @@ def test_timings_add_up(segmenter: Segmenter, scene: Image) -> None:
     for stage in ("preprocess", "image", "masks", "pamr", "labels"):
         assert segmenter.stats.timings_ms[stage] == pytest.approx(sum(r.timings_ms[stage] for r in results))
     assert segmenter.stats.timings_ms["prompts"] > 0
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+@pytest.mark.parametrize("windows_per_run", [2, 3, 100])
+def test_windows_taken_together_give_what_they_give_one_by_one(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], windows_per_run: int, pamr: bool
+) -> None:
+    image = paint((80, 230), red=(0, 40, 0, 100), blue=(30, 80, 130, 230))
+    alone = Segmenter.open(tiny_bundle_folder, threads=1)(image, NAMES, fit="slide", pamr=pamr)
+    segmenter = Segmenter.open(tiny_bundle_folder, threads=1, windows_per_run=windows_per_run)
+    batches = []
+    run = segmenter.backend.image_features
+
+    def noting(images_BHWC: NDArray[np.uint8]) -> Features:
+        batches.append(len(images_BHWC))
+        return run(images_BHWC)
+
+    segmenter.backend.image_features = noting  # type: ignore[method-assign]
+    together = segmenter(image, NAMES, fit="slide", pamr=pamr)
+    np.testing.assert_array_equal(together.label_map, alone.label_map)
+    np.testing.assert_allclose(together.fitted_masks, alone.fitted_masks, rtol=0, atol=1e-6)  # measured: 0
+    count = alone.settings["windows"]
+    assert sum(batches) == segmenter.stats.windows == count
+    assert max(batches) == min(windows_per_run, count)  # type: ignore[type-var]
+
+
+def test_windows_per_run_below_one(tiny_bundle_folder: Path) -> None:
+    with pytest.raises(InputError, match="windows_per_run should be 1 or more, found 0"):
+        Segmenter.open(tiny_bundle_folder, windows_per_run=0)
