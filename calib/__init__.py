@@ -1,31 +1,91 @@
-"""Looks at data to tune or judge a compiled model. Never imports torch."""
+"""Looks at data to tune or judge a compiled model. Never imports torch.
 
-from .benchmarks import Benchmark, benchmark_named, published_benchmarks
-from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
-from .evaluation import Evaluation, EvaluationSettings, ViewResult, evaluate
-from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
-from .prepare import Prepared, prepare_labels
+Names are imported when they are asked for, so that `import tclkit.calib` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .activations import absolute_maxima, activation_ranges, float_tensor_maxima
+    from .benchmarks import Benchmark, benchmark_named, published_benchmarks
+    from .calibration_images import CalibrationProgress, CalibrationSet, ImageBatches, select_images
+    from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
+    from .evaluation import Evaluation, EvaluationSettings, Share, ViewResult, evaluate
+    from .gallery import Extremes, find_extremes
+    from .histograms import entropy_limit, percentile_limit
+    from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
+    from .pictures import GalleryItem, draw_confusion, draw_gallery
+    from .prepare import Prepared, prepare_labels
 
 __all__ = [
     "Benchmark",
+    "CalibrationProgress",
+    "CalibrationSet",
     "Dataset",
     "Evaluation",
     "EvaluationSettings",
     "Example",
+    "Extremes",
     "FolderDataset",
+    "GalleryItem",
+    "ImageBatches",
     "Prepared",
     "Scores",
+    "Share",
     "ViewResult",
+    "absolute_maxima",
+    "activation_ranges",
     "benchmark_named",
     "confusion_from_labels",
     "count_pixels",
+    "draw_confusion",
+    "draw_gallery",
+    "entropy_limit",
     "evaluate",
+    "find_extremes",
+    "float_tensor_maxima",
     "iou_from_confusion",
     "mean_iou",
     "missing_parts",
     "open_benchmark",
     "open_own_data",
+    "percentile_limit",
     "prepare_labels",
     "published_benchmarks",
     "scores_from_counts",
+    "select_images",
 ]
+
+_HOMES = {
+    "activations": ("absolute_maxima", "activation_ranges", "float_tensor_maxima"),
+    "benchmarks": ("Benchmark", "benchmark_named", "published_benchmarks"),
+    "calibration_images": ("CalibrationProgress", "CalibrationSet", "ImageBatches", "select_images"),
+    "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),
+    "evaluation": ("Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
+    "gallery": ("Extremes", "find_extremes"),
+    "histograms": ("entropy_limit", "percentile_limit"),
+    "metrics": (
+        "Scores",
+        "confusion_from_labels",
+        "count_pixels",
+        "iou_from_confusion",
+        "mean_iou",
+        "scores_from_counts",
+    ),
+    "pictures": ("GalleryItem", "draw_confusion", "draw_gallery"),
+    "prepare": ("Prepared", "prepare_labels"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access costs nothing
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

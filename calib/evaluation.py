@@ -38,7 +38,7 @@ class EvaluationSettings:
 
     model: name of an installed bundle, or its folder.
     backend: "auto", or a backend's name.
-    precisions: of the image graph; with several, each image goes through all of them in turn.
+    precisions: of the image graph, "auto" for the backend's choice; with several, each image goes through all in turn.
     pamr: refine masks.
     threshold: of the background; None takes the benchmark's, else the model's.
     kp_w: share of the KP branch; None takes the benchmark's, else the model's.
@@ -49,7 +49,7 @@ class EvaluationSettings:
 
     model: str
     backend: str = "auto"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("auto",)
     pamr: bool = False
     threshold: float | None = None
     kp_w: float | None = None
@@ -64,6 +64,30 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} should be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which part of the work this process has, and how it goes about it.
+
+    rank, world_size: every world_size-th image, from `rank` on.
+    workers: processes.
+    loaders: threads of each process that read files.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 1
+    loaders: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank is {self.rank}, but ranks of {self.world_size} are 0 to {self.world_size - 1}")
+        if self.workers < 1 or self.loaders < 1:
+            raise InputError(f"workers and loaders should be 1 or more, got {self.workers} and {self.loaders}")
+
+
+_WHOLE = Share()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -154,10 +178,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     folder: Path,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 1,
-    loaders: int = 2,
+    share: Share = _WHOLE,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model, or go on with an evaluation that was interrupted, or merge those of several ranks.
@@ -168,20 +189,29 @@ def evaluate(
         dataset: the images; with several workers it is pickled.
         settings: what is evaluated, and how.
         folder: where journals are kept; ranks on several machines share it, or their journals are copied together.
-        rank, world_size: take every world_size-th image, from `rank` on.
-        workers: processes of this rank.
-        loaders: threads of each process that read files.
+        share: the part of the images that is computed here; the result holds all that the journals do.
         progress: called with (images done, images to do) of this rank.
 
     Raises:
-        InputError: a bad setting.
+        InputError: a setting that does not go with this data set.
         TclkitError: the model cannot be opened or run, or a worker ended before its work.
     """
-    if not 0 <= rank < world_size:
-        raise InputError(f"rank is {rank}, but ranks of {world_size} are 0 to {world_size - 1}")
-    if workers < 1 or loaders < 1:
-        raise InputError(f"workers and loaders should be 1 or more, got {workers} and {loaders}")
-    segmenters = _opened(settings, workers)
+    segmenters = _opened(settings, share.workers)
+    try:
+        return _evaluated(dataset, settings, segmenters, folder / _JOURNALS, share, progress or _silent)
+    finally:
+        for segmenter in segmenters.values():
+            segmenter.close()
+
+
+def _evaluated(
+    dataset: Dataset,
+    settings: EvaluationSettings,
+    segmenters: dict[str, Segmenter],
+    journals: Path,
+    share: Share,
+    report: Progress,
+) -> Evaluation:
     first = next(iter(segmenters.values()))
     scoring = scoring_for(
         dataset.benchmark,
@@ -192,10 +222,9 @@ def evaluate(
         kp_w=settings.kp_w,
     )
     key = _run_key(dataset, segmenters, scoring)
-    journals = folder / _JOURNALS
     total = min(len(dataset), settings.limit or len(dataset))
     known = read_journals(journals, key).images
-    indices = tuple(index for index in range(rank, total, world_size) if index not in known)
+    indices = tuple(index for index in range(share.rank, total, share.world_size) if index not in known)
     job = _Job(
         dataset=dataset,
         settings=settings,
@@ -203,23 +232,23 @@ def evaluate(
         folder=journals,
         key=key,
         indices=indices,
-        loaders=loaders,
+        loaders=share.loaders,
     )
-    report = progress or _silent
     report(0, len(indices))
-    if workers == 1 or len(indices) < 2:
+    if share.workers == 1 or len(indices) < 2:
         _run(job, segmenters, lambda done: report(done, len(indices)))
     else:
-        _run_workers(job, min(workers, len(indices)), report)
+        _run_workers(job, min(share.workers, len(indices)), report)
     return _summary(dataset, segmenters, scoring, total, read_journals(journals, key))
 
 
 def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
+    """A Segmenter for each precision, by the precision that its backend chose."""
     threads = settings.threads
     if threads is None and workers > 1:
         threads = max(1, _usable_cpus() // workers)
-    return {
-        precision: Segmenter.open(
+    opened = (
+        Segmenter.open(
             settings.model,
             backend=settings.backend,
             precision=precision,
@@ -227,14 +256,15 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
             windows_per_run=settings.windows_per_run,
         )
         for precision in settings.precisions
-    }
+    )
+    return {segmenter.backend.precision: segmenter for segmenter in opened}
 
 
 def _run_key(dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring) -> str:
     """Digest of all that a figure depends on, and of nothing else: neither paths, nor the limit, nor workers."""
     parts: list[Any] = [dataset.fingerprint(), asdict(scoring)]
-    for precision, segmenter in segmenters.items():
-        manifest = segmenter.bundle.manifest
+    for segmenter in segmenters.values():
+        manifest, precision = segmenter.bundle.manifest, segmenter.backend.precision
         graphs = sorted(image.files[precision] for image in manifest.images if precision in image.files)
         hashes = [manifest.files[file].sha256 for file in (*graphs, manifest.masks)]
         parts += [precision, segmenter.backend.name, hashes, segmenter.bundle.text_encoder_hash, manifest.templates]
@@ -322,7 +352,10 @@ def _work(job: _Job, workers: int, connection: Connection, parent: int) -> None:
             os._exit(1)
 
     try:
-        _run(job, _opened(job.settings, workers), leave_when_orphaned)
+        segmenters = _opened(job.settings, workers)
+        _run(job, segmenters, leave_when_orphaned)
+        for segmenter in segmenters.values():
+            segmenter.close()
     except (TclkitError, OSError, MemoryError) as error:
         connection.send(str(error) or type(error).__name__)
 

@@ -30,17 +30,19 @@ def find_extremes(
 
     An image that can no longer be read is passed over.
     """
-    precision = settings.precisions[0]
+    precision = next(iter(evaluation.results))
     images = evaluation.results[precision][view].images
     ranked = sorted((image for image in images if not math.isnan(image[1])), key=lambda image: (-image[1], image[0]))
     best = ranked[: min(count, (len(ranked) + 1) // 2)]
     worst = ranked[len(best) :][::-1][:count]
-    segmenter = Segmenter.open(settings.model, backend=settings.backend, precision=precision, threads=settings.threads)
-    predictor = Predictor(segmenter, dataset, evaluation.scoring)
-    return Extremes(
-        best=_items(best, dataset, predictor, view),
-        worst=_items(worst, dataset, predictor, view),
-    )
+    with Segmenter.open(
+        settings.model, backend=settings.backend, precision=precision, threads=settings.threads
+    ) as segmenter:
+        predictor = Predictor(segmenter, dataset, evaluation.scoring)
+        return Extremes(
+            best=_items(best, dataset, predictor, view),
+            worst=_items(worst, dataset, predictor, view),
+        )
 
 
 def _items(

@@ -16,6 +16,15 @@ class BackendName(str, Enum):
     ONNXRUNTIME = "onnxruntime"
 
 
+class PrecisionName(str, Enum):
+    """Values of --precision."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
 class FitName(str, Enum):
     """Values of --fit."""
 
@@ -42,6 +51,14 @@ BackendOption = Annotated[
         "--backend",
         metavar="NAME",
         help="What runs the graphs: onnxruntime, openvino, tensorrt, or auto for the best that is installed.",
+    ),
+]
+PrecisionOption = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="Of the image graph: fp32, fp16 or int8. Auto takes the fastest with an engine built here, else fp32.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on standard output.")]

@@ -4,10 +4,13 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._console import DebugOption, plain, print_json, printer, size_text, table
 from ._settings import JsonOption
+
+if TYPE_CHECKING:
+    from tclkit.runtime import Bundle, DeviceIdentity
 
 _PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -15,6 +18,8 @@ _PACKAGES = {
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
     "pillow": ("pillow",),
     "tokenizers": ("tokenizers",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "cuda-python": ("cuda-python", "cuda-bindings"),
     "torch": ("torch",),
     "open_clip": ("open_clip_torch", "open-clip-torch"),
     "onnx": ("onnx",),
@@ -64,10 +69,47 @@ def _models() -> list[dict[str, Any]]:
             "size_bytes": bundle.size_bytes,
             "image_sizes": [f"{image.height}x{image.width}" for image in bundle.manifest.images],
             "precisions": sorted({precision for image in bundle.manifest.images for precision in image.files}),
+            "engines": _engines(bundle),
             "description": bundle.manifest.description,
         }
         for bundle in list_bundles()
     ]
+
+
+def _engines(bundle: "Bundle") -> list[dict[str, Any]]:
+    """Engines beside a bundle, and whether they fit this machine; `why_not` is empty for those that do."""
+    from tclkit.runtime import engine_misfit, read_engines
+
+    found = []
+    for engine in read_engines(bundle):
+        device = _device()  # TensorRT is loaded only where there are engines
+        miss = engine_misfit(bundle, engine, device) if not isinstance(device, str) else None
+        record = engine.record
+        why_not = device if isinstance(device, str) else miss.message if miss is not None else ""
+        found.append(
+            {
+                "file": engine.path.name,
+                "graph": record.graph,
+                "precision": record.precision,
+                "image_size": f"{record.height}x{record.width}",
+                "built_by": record.place,
+                "max_batch": record.max_batch,
+                "max_prompts": record.max_prompts,
+                "fits": not why_not,
+                "why_not": why_not,
+            }
+        )
+    return found
+
+
+def _device() -> "DeviceIdentity | str":
+    """This machine's device, or why there is none to speak of."""
+    from tclkit.runtime import BackendError, current_device
+
+    try:
+        return current_device()
+    except BackendError as error:
+        return error.message
 
 
 def _backends() -> list[dict[str, Any]]:
@@ -105,6 +147,12 @@ def _print(found: dict[str, Any]) -> None:
         sizes, precisions = ", ".join(model["image_sizes"]), ", ".join(model["precisions"])
         what = f"{plain(model['description'])}\n[dim]{plain(model['folder'])}[/dim]"
         models.add_row(plain(model["name"]), size_text(model["size_bytes"]), sizes, precisions, what)
+    engines = table("engine", "model", "built by", "images", "prompts", "state", title="Engines")
+    for model in found["models"]:
+        for engine in model["engines"]:
+            state = "fits this machine" if engine["fits"] else plain(engine["why_not"])
+            limits = (str(engine["max_batch"]), str(engine["max_prompts"]) if engine["graph"] == "masks" else "-")
+            engines.add_row(plain(engine["file"]), plain(model["name"]), plain(engine["built_by"]), *limits, state)
     backends = table("backend", "version", "state", title="Backends")
     for backend in found["backends"]:
         state = "ready" if backend["available"] else plain(backend["remedy"])
@@ -115,5 +163,5 @@ def _print(found: dict[str, Any]) -> None:
     folders = table("folder", "size", "path", right=("size",), title="Folders")
     for name, folder in found["folders"].items():
         folders.add_row(name, size_text(folder["size_bytes"]), plain(folder["path"]))
-    for part in (models, backends, versions, folders):
+    for part in (models, *([engines] if engines.rows else []), backends, versions, folders):
         console.print(part)

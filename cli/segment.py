@@ -15,7 +15,17 @@ from ._console import EXIT_FAILED, DebugOption, error_text, fail, print_json, sa
 from ._findings import findings_line, print_findings
 from ._outputs import plan_overlays
 from ._progress import tracked
-from ._settings import DEFAULT_MODEL, BackendName, BackendOption, FitName, JsonOption, ModelOption, fraction
+from ._settings import (
+    DEFAULT_MODEL,
+    BackendName,
+    BackendOption,
+    FitName,
+    JsonOption,
+    ModelOption,
+    PrecisionName,
+    PrecisionOption,
+    fraction,
+)
 from ._sources import Source, find_sources, stands_for_many
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ def segment(
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     backend: BackendOption = BackendName.AUTO,
+    precision: PrecisionOption = PrecisionName.AUTO,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -101,7 +112,7 @@ def segment(
         "pamr": pamr,
         "fit": fit.value,
     }
-    segmenter, prompt_set = _opened(model, backend, prompts or [], bank)
+    segmenter, prompt_set = _opened(model, backend, precision, prompts or [], bank)
     segmenter.stream([], prompt_set, **settings)  # checks the settings: no image is to blame for them
     outcome = Outcome()
     for source, overlay in tracked(list(zip(sources, overlays, strict=True)), "segmenting", shown=many):
@@ -123,11 +134,11 @@ def _check_usage(prompts: list[str] | None, bank: Path | None, threshold: float 
 
 
 def _opened(
-    model: str, backend: BackendName, prompts: Sequence[str], bank: Path | None
+    model: str, backend: BackendName, precision: PrecisionName, prompts: Sequence[str], bank: Path | None
 ) -> "tuple[Segmenter, PromptSet]":
     from tclkit.runtime import Segmenter, load_prompt_bank
 
-    segmenter = Segmenter.open(model, backend=backend.value)
+    segmenter = Segmenter.open(model, backend=backend.value, precision=precision.value)
     if bank is None:
         return segmenter, segmenter.prompts(prompts)
     return segmenter, load_prompt_bank(bank, text_encoder_hash=segmenter.bundle.text_encoder_hash)
@@ -179,6 +190,7 @@ def _document(segmenter: "Segmenter", prompts: "PromptSet", outcome: Outcome) ->
     return {
         "model": segmenter.model,
         "backend": segmenter.backend.name,
+        "precision": segmenter.backend.precision,
         "prompts": list(prompts.names),
         "images": outcome.images,
         "failed": outcome.failed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle_writer import ExportProgress, export_bundle
-    from .onnx_graphs import check_graph
+    from .graph_rules import check_graph
     from .wrapper import ImageGraph, MasksGraph, TextGraph
 
 __all__ = ["ExportProgress", "ImageGraph", "MasksGraph", "TextGraph", "check_graph", "export_bundle"]
@@ -18,7 +18,7 @@ _HOMES = {
     "ImageGraph": "wrapper",
     "MasksGraph": "wrapper",
     "TextGraph": "wrapper",
-    "check_graph": "onnx_graphs",
+    "check_graph": "graph_rules",
     "export_bundle": "bundle_writer",
 }
 

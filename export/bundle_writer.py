@@ -1,13 +1,8 @@
 """A checkpoint becomes a bundle: graphs, tokenizer and bundle.json, checked, and in place only when whole."""
 
-import contextlib
-import glob
 import importlib.metadata
-import os
 import platform
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,9 +10,9 @@ from typing import Any
 
 import open_clip
 
-from tclkit.runtime.bundle import MANIFEST_NAME, open_bundle, write_manifest
+from tclkit.runtime.bundle import open_bundle, write_manifest
 from tclkit.runtime.errors import ExportError, InputError
-from tclkit.runtime.files import atomic_folder, sha256_from_file
+from tclkit.runtime.files import sha256_from_file
 from tclkit.runtime.manifest import SCHEMA_VERSION
 from tclkit.runtime.prompts import PROTOCOL_TEMPLATES
 from tclkit.tcl.batches import IMAGE_MEAN, IMAGE_STD
@@ -27,6 +22,7 @@ from tclkit.tcl.model import TCL
 from tclkit.tcl.tokenizer_file import clip_tokenizer_json, vocabulary_size
 
 from ._parity import check_bundle
+from .bundle_folder import new_folder, require_replaceable, write_errors
 from .onnx_graphs import write_image_graph, write_masks_graph, write_text_graph
 from .wrapper import ImageGraph, MasksGraph, TextGraph
 
@@ -77,7 +73,7 @@ def export_bundle(
         ParityError: a graph differs from torch by too much.
     """
     out = Path(out).expanduser().resolve()
-    _require_replaceable(out)
+    require_replaceable(out)
     report = _Steps(progress)
     report("reading the checkpoint", 1)
     content = load_checkpoint(checkpoint)
@@ -85,7 +81,7 @@ def export_bundle(
     plan = _plan(content["extra"], model, out, sizes, name, kp_w, half_weights, tokenizer_json)
     report.total = len(plan.sizes) + 5
     provenance = _provenance(content, checkpoint, clip, model, sources) | {"half_weights": half_weights}
-    with _write_errors(out), _new_folder(out) as folder:
+    with write_errors(out), new_folder(out) as folder:
         images = _write_graphs(model, plan, folder, report)
         (folder / "tokenizer.json").write_text(plan.tokenizer_json, encoding="utf-8")
         manifest = _manifest(model, plan, images, provenance)
@@ -277,58 +273,3 @@ def _architecture(config: ClipConfig) -> str:
         if wanted == found:
             return name
     return "custom"
-
-
-def _require_replaceable(out: Path) -> None:
-    """Refuse a target that holds anything but an older bundle: it would be lost."""
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file; a bundle is a folder. Give another path")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise ExportError(f"{out} holds other files and would be replaced as a whole. Give a new folder, or empty it")
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder that takes the place of `out` at the end; what killed runs left beside it is removed first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    with contextlib.ExitStack() as until_renamed, atomic_folder(out) as folder:
-        until_renamed.enter_context(_locked(folder))
-        yield folder
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove temporary folders of `out` whose writer is gone, which shows by their lock."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        with contextlib.suppress(OSError), _locked(folder):
-            shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder; it ends with the process, however that ends.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _write_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {out}: {error.strerror or error}. Free some space or give another folder", path=str(out)
-        ) from error

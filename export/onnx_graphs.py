@@ -1,8 +1,4 @@
-"""The modules of wrapper.py as ONNX files that ONNX Runtime, OpenVINO and TensorRT from 10.0 on all read.
-
-Opset 20, because it is the last that the oldest TensorRT we target reads, and the first with a Gelu operator; LayerNorm
-stays one operator, since its pieces overflow in half precision. Attention is MatMul, Softmax, MatMul.
-"""
+"""The modules of wrapper.py as ONNX files that ONNX Runtime, OpenVINO and TensorRT from 10.0 on all read."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,21 +15,10 @@ from torch.export import Dim
 from tclkit.runtime.errors import ExportError
 from tclkit.runtime.files import atomic_file
 
+from .graph_rules import IR_VERSION, LARGEST_FILE_BYTES, OPSET, check_graph
 from .wrapper import ImageGraph, MasksGraph, TextGraph
 
-OPSET = 20
-_IR_VERSION = 9  # what belongs to opset 20; exporters write a later one, which older runtimes refuse
-_LARGEST_FILE_BYTES = 2**31 - 1  # a protobuf message; beyond it weights would need files of their own
 _HALVED_FROM_SIZE = 1024  # elements; smaller tensors gain nothing
-
-# fmt: off
-OPERATORS = frozenset([
-    "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "Div", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
-    "LayerNormalization", "MatMul", "Mul", "Pad", "ReduceL2", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
-    "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
-])
-# fmt: on
-"""Operators that a bundle's graphs may hold: each is in the tables of every TensorRT from 10.0 on."""
 
 
 def write_image_graph(graph: ImageGraph, path: Path, *, half_weights: bool = False) -> None:
@@ -101,39 +86,15 @@ def write_graph(
     if half_weights:
         _halve_weights(model)
     size = model.ByteSize()
-    if size > _LARGEST_FILE_BYTES:
+    if size > LARGEST_FILE_BYTES:
         raise ExportError(
             f"{path.name} would have {size / 1e9:.1f} GB, more than one ONNX file holds (2.1 GB). "
             "Export a smaller model, or with half_weights (--half-weights)",
             size_bytes=size,
         )
-    check_graph(model, where=path.name)
+    check_graph(model, where=f"torch {torch.__version__} wrote {path.name}")
     with atomic_file(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def check_graph(model: onnx.ModelProto, *, where: str) -> None:
-    """Refuse a graph that some runtime we target would not read.
-
-    Raises:
-        ExportError: wrong by ONNX's own checker with strict shape inference, another opset, operators of other domains
-            or outside `OPERATORS`, or weights in other files.
-    """
-    domains = {entry.domain: entry.version for entry in model.opset_import}
-    foreign = sorted(
-        {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    )
-    operators = {node.op_type for node in model.graph.node}
-    if domains != {"": OPSET} or foreign or model.functions:
-        raise _unreadable(where, f"opsets {domains} and {foreign or 'no'} operators of other domains, expected {OPSET}")
-    if unknown := sorted(operators - OPERATORS):
-        raise _unreadable(where, f"the operators {', '.join(unknown)}, which not every TensorRT from 10.0 on reads")
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise _unreadable(where, "weights in other files")
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # ValidationError or InferenceError; they share no base but this
-        raise _unreadable(where, f"a fault: {error}") from error
 
 
 def _exported(
@@ -171,13 +132,9 @@ def _exported(
 _REMEDY = 'Install the versions that tclkit was tested with: pip install -U "tclkit[export]"'
 
 
-def _unreadable(where: str, what: str) -> ExportError:
-    return ExportError(f"torch {torch.__version__} wrote {where} with {what}. {_REMEDY}", file=where)
-
-
 def _strip(model: onnx.ModelProto) -> None:
     """Remove what no runtime reads: stack traces with paths of this machine, and intermediate shapes."""
-    model.ir_version = min(model.ir_version, _IR_VERSION)
+    model.ir_version = min(model.ir_version, IR_VERSION)
     model.ClearField("metadata_props")
     model.doc_string = ""
     graph = model.graph

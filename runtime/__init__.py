@@ -7,10 +7,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends import Backend, BackendStatus, Features, available_backends, choose_backend
+    from .backends import Backend, BackendStatus, Features, HostFeatures, available_backends, choose_backend
     from .bundle import Bundle, find_bundle, list_bundles, open_bundle, read_manifest, write_manifest
     from .drawing import draw_overlay
     from .embedding import EmbeddedPrompts, embed_prompts
+    from .engines import (
+        DeviceIdentity,
+        EngineFile,
+        EngineMiss,
+        EngineRecord,
+        EngineSet,
+        current_device,
+        engine_misfit,
+        find_engine,
+        find_engines,
+        read_engines,
+        write_engine,
+    )
     from .errors import (
         BackendError,
         BuildError,
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
     from .regions import Region, regions_from_label_map
     from .result import Segmentation
     from .segmenter import ImageFeatures, Segmenter, Stats
+    from .tensorrt_backend import TensorRTBackend, open_tensorrt
     from .text_cache import TextCache
     from .tokenizer import Tokenizer, clean_text
     from .upsample import resize_masks
@@ -51,13 +65,19 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "DeviceIdentity",
     "DownloadError",
     "EmbeddedPrompts",
+    "EngineFile",
     "EngineMismatchError",
+    "EngineMiss",
+    "EngineRecord",
+    "EngineSet",
     "ExportError",
     "Features",
     "FileRecord",
     "FitPlan",
+    "HostFeatures",
     "ImageEntry",
     "ImageFeatures",
     "InputError",
@@ -72,6 +92,7 @@ __all__ = [
     "Segmenter",
     "Stats",
     "TclkitError",
+    "TensorRTBackend",
     "TextCache",
     "Thresholds",
     "Tokenizer",
@@ -83,16 +104,22 @@ __all__ = [
     "check_prompts",
     "choose_backend",
     "clean_text",
+    "current_device",
     "draw_overlay",
     "embed_prompts",
+    "engine_misfit",
     "expand_prompt",
     "find_bundle",
+    "find_engine",
+    "find_engines",
     "label_colours",
     "list_bundles",
     "load_image",
     "load_prompt_bank",
     "open_bundle",
+    "open_tensorrt",
     "plan_fit",
+    "read_engines",
     "read_manifest",
     "refine_masks",
     "regions_from_label_map",
@@ -102,6 +129,7 @@ __all__ = [
     "save_prompt_bank",
     "unknown_words",
     "window_positions",
+    "write_engine",
     "write_manifest",
 ]
 
@@ -110,6 +138,7 @@ _HOMES = {
         "Backend",
         "BackendStatus",
         "Features",
+        "HostFeatures",
         "available_backends",
         "choose_backend",
     ),
@@ -125,6 +154,19 @@ _HOMES = {
     "embedding": (
         "EmbeddedPrompts",
         "embed_prompts",
+    ),
+    "engines": (
+        "DeviceIdentity",
+        "EngineFile",
+        "EngineMiss",
+        "EngineRecord",
+        "EngineSet",
+        "current_device",
+        "engine_misfit",
+        "find_engine",
+        "find_engines",
+        "read_engines",
+        "write_engine",
     ),
     "errors": (
         "BackendError",
@@ -179,6 +221,10 @@ _HOMES = {
         "ImageFeatures",
         "Segmenter",
         "Stats",
+    ),
+    "tensorrt_backend": (
+        "TensorRTBackend",
+        "open_tensorrt",
     ),
     "text_cache": ("TextCache",),
     "tokenizer": (

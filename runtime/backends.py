@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import logging
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,17 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .errors import BackendError
+from .errors import BackendError, BundleError, EngineMismatchError, InputError
+from .manifest import PRECISIONS
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Features:
+class Features(Protocol):
     """What the image graph makes of a batch of images; prompts are compared with it.
 
-    grounded: (B, D, 4h, 4w) float32, of unit length over D, on the mask grid.
-    kp: (B, D, h, w) float32, of unit length over D, on the patch grid; None for a bundle without the KP branch.
+    Where they lie is the backend's affair: reading an attribute may copy from a device.
+    """
+
+    @property
+    def grounded(self) -> NDArray[np.float32]:
+        """(B, D, 4h, 4w) float32, of unit length over D, on the mask grid."""
+        ...
+
+    @property
+    def kp(self) -> NDArray[np.float32] | None:
+        """(B, D, h, w) float32, of unit length over D, on the patch grid; None for a bundle without the KP branch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostFeatures:
+    """Features in the host's memory; see `Features`.
+
+    grounded: (B, D, 4h, 4w) float32.
+    kp: (B, D, h, w) float32, or None.
     """
 
     grounded: NDArray[np.float32]
@@ -36,8 +56,13 @@ class Backend(Protocol):
         ...
 
     @property
+    def precision(self) -> str:
+        """Precision of the image graphs: "fp32", "fp16" or "int8"."""
+        ...
+
+    @property
     def reason(self) -> str:
-        """One sentence: why this backend runs, with its version."""
+        """Why this backend runs, with its version, its precision, and why no better one was taken."""
         ...
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> Features:
@@ -78,6 +103,10 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release what it holds; it cannot be used afterwards."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendStatus:
@@ -96,53 +125,142 @@ class BackendStatus:
 
 
 def available_backends() -> tuple[BackendStatus, ...]:
-    """Status of every backend tclkit knows, best first; imports none of them."""
+    """Status of every backend tclkit knows, best first; imports none of them.
+
+    For tensorrt, cuda-python is asked for a device, where both are installed.
+    """
     return tuple(_status(name) for name in _ORDER)
 
 
-def choose_backend(name: str, bundle: Bundle, *, precision: str = "fp32", threads: int | None = None) -> Backend:
+def choose_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads: int | None = None) -> Backend:
     """Open a backend on a bundle, and announce which one and why in the log.
 
     Args:
-        name: "auto" takes the best that is available here, else the backend's name.
+        name: "auto" takes the best that can run this bundle here, else the backend's name. Where TensorRT is installed
+            but cannot run the bundle, because no engine was built here, say, the reason is logged as a warning.
         bundle: what it is to run.
-        precision: "fp32"; further ones where the bundle has them.
+        precision: "fp32", "fp16" or "int8", never replaced by another; "auto" takes with TensorRT the first of int8,
+            fp16 and fp32 that has an engine for every image size, with ONNX Runtime fp32.
         threads: CPU threads of one operator; None takes every CPU this process may use.
 
     Raises:
-        BackendError: unknown, not installed, not implemented, or no graph of this precision; names the remedy.
+        BackendError: unknown, not installed, not implemented, or no graph or engine of this precision.
+        EngineMismatchError: TensorRT was asked for by name, and the engines are for another machine or graph.
+        BundleError: TensorRT was asked for by name, and an engine is damaged.
     """
-    status = _chosen_status(name)
-    from .onnxruntime_backend import OnnxRuntimeBackend
-
-    version = f"onnxruntime {status.version}"
-    reason = f"asked for ({version})" if name != "auto" else f"the best backend available here ({version})"
-    backend = OnnxRuntimeBackend(bundle, precision=precision, threads=threads, reason=reason)
-    _log.info("backend %s for %s: %s", backend.name, bundle.name, reason)
+    _check_names(name, precision)
+    if name == "auto":
+        backend = _best_backend(bundle, precision, threads)
+    else:
+        status = _status(name)
+        if not status.available:
+            raise BackendError(f"backend {name} cannot be used. {status.remedy}", backend=name)
+        opener = _open_tensorrt if name == "tensorrt" else _open_onnxruntime
+        backend = opener(bundle, precision, threads, "asked for")
+    _log.info("backend %s for %s: %s", backend.name, bundle.name, backend.reason)
     return backend
 
 
+def check_array(what: str, array: object, dtype: type, shape: tuple[str | int, ...]) -> None:
+    """Refuse what is not an array of this dtype and shape.
+
+    Args:
+        what: its name, for the message.
+        array: to be looked at.
+        dtype: wanted.
+        shape: wanted; a text stands for any size from 1.
+
+    Raises:
+        InputError: something else.
+    """
+    wanted = f"{np.dtype(dtype).name} ({', '.join(map(str, shape))})"
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{what} should be a numpy array, {wanted}, found {type(array).__name__}")
+    fits = array.ndim == len(shape) and all(
+        found == want if isinstance(want, int) else found >= 1 for found, want in zip(array.shape, shape, strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        raise InputError(f"{what} should be {wanted}, found {array.dtype.name} {array.shape}")
+
+
+def check_image_size(bundle: Bundle, size: tuple[int, int], sizes: Collection[tuple[int, int]]) -> None:
+    """Refuse an image size (H, W) that is none of `sizes`, those of the bundle.
+
+    Raises:
+        InputError: it is none of them; names them.
+    """
+    if size not in sizes:
+        have = ", ".join(f"{height}x{width}" for height, width in sizes)
+        message = f"images are {size[0]}x{size[1]}, {bundle.name} has image graphs for {have}"
+        raise InputError(f"{message}. Resize them, or export this size: tclkit export --size {size[0]}x{size[1]}")
+
+
+def check_kp_w(bundle: Bundle, kp_w: float) -> None:
+    """Refuse a share of the KP branch outside [0, 1], or above 0 where the bundle has no such branch.
+
+    Raises:
+        InputError: as said.
+    """
+    if not 0 <= kp_w <= 1:
+        raise InputError(f"kp_w should be in [0, 1], found {kp_w}")
+    if kp_w > 0 and not bundle.manifest.has_kp:
+        remedy = "Use kp_w 0, or export the bundle with a KP branch"
+        raise InputError(f"{bundle.name} has no KP branch, but kp_w is {kp_w}. {remedy}")
+
+
 _ORDER = ("tensorrt", "openvino", "onnxruntime")
-_IMPLEMENTED = ("onnxruntime",)
+_IMPLEMENTED = ("tensorrt", "onnxruntime")
 _DISTRIBUTIONS = {
-    "tensorrt": ("tensorrt",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
 }
+_TENSORRT_REMEDY = (
+    "It is not installed. Jetson: it comes with JetPack (apt install python3-libnvinfer; make the virtual environment "
+    "with --system-site-packages). Servers: pip install tensorrt. Or take --backend onnxruntime"
+)
 
 
-def _chosen_status(name: str) -> BackendStatus:
-    if name == "auto":
-        available = [status for status in available_backends() if status.available]
-        if not available:
-            raise BackendError("no backend is installed. Install one: pip install onnxruntime", backend=name)
-        return available[0]
-    if name not in _ORDER:
+def _check_names(name: str, precision: str) -> None:
+    if name not in ("auto", *_ORDER):
         raise BackendError(f"unknown backend {name!r}. Choose auto, {', '.join(_ORDER)}", backend=name)
-    status = _status(name)
-    if not status.available:
-        raise BackendError(f"backend {name} cannot be used. {status.remedy}", backend=name)
-    return status
+    if precision not in ("auto", *PRECISIONS):
+        message = f"unknown precision {precision!r}. Choose auto, {', '.join(PRECISIONS)}"
+        raise BackendError(message, precision=precision)
+
+
+def _best_backend(bundle: Bundle, precision: str, threads: int | None) -> Backend:
+    reason = "the best backend available here"
+    tensorrt, onnxruntime = _status("tensorrt"), _status("onnxruntime")
+    why_not = ""
+    if tensorrt.available:
+        try:
+            return _open_tensorrt(bundle, precision, threads, reason)
+        except (BackendError, EngineMismatchError, BundleError) as error:
+            why_not = error.message
+    elif tensorrt.version is not None:
+        why_not = tensorrt.remedy
+    if why_not:
+        _log.warning("%s does not run on TensorRT %s: %s", bundle.name, tensorrt.version, why_not)
+        reason = f"TensorRT {tensorrt.version} cannot be used: {why_not}"
+    if not onnxruntime.available:
+        also = f" {reason}" if why_not else ""
+        raise BackendError(f"no backend is installed. Install one: pip install onnxruntime.{also}", backend="auto")
+    return _open_onnxruntime(bundle, precision, threads, reason)
+
+
+def _open_tensorrt(bundle: Bundle, precision: str, threads: int | None, reason: str) -> Backend:
+    from .tensorrt_backend import open_tensorrt
+
+    return open_tensorrt(bundle, precision=precision, threads=threads, reason=reason)
+
+
+def _open_onnxruntime(bundle: Bundle, precision: str, threads: int | None, reason: str) -> Backend:
+    from .onnxruntime_backend import OnnxRuntimeBackend
+
+    taken = "fp32" if precision == "auto" else precision
+    reason = f"{reason} (onnxruntime {_installed_version('onnxruntime')}, {taken})"
+    return OnnxRuntimeBackend(bundle, precision=taken, threads=threads, reason=reason)
 
 
 def _status(name: str) -> BackendStatus:
@@ -150,18 +268,32 @@ def _status(name: str) -> BackendStatus:
     if name not in _IMPLEMENTED:
         remedy = "This version of tclkit cannot run it yet: take --backend onnxruntime (or auto)"
     elif version is None:
-        remedy = f"It is not installed: pip install {name}"
+        remedy = _TENSORRT_REMEDY if name == "tensorrt" else f"It is not installed: pip install {name}"
     else:
-        remedy = ""
+        remedy = _device_remedy() if name == "tensorrt" else ""
     return BackendStatus(name=name, available=not remedy, version=version, remedy=remedy)
 
 
+def _device_remedy() -> str:
+    """What TensorRT lacks to run here besides itself; empty for nothing."""
+    from .cuda_memory import device_count
+
+    try:
+        device_count()
+    except BackendError as error:
+        return f"{error.message}. Or take --backend onnxruntime"
+    return ""
+
+
 def _installed_version(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return None
+    try:
+        if importlib.util.find_spec(name) is None:
+            return None
+    except ValueError:  # loaded, but not by the import system
+        pass
     for distribution in _DISTRIBUTIONS[name]:
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
             continue
-    return "unknown"
+    return str(getattr(sys.modules.get(name), "__version__", "unknown"))

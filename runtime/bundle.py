@@ -19,6 +19,7 @@ from .files import atomic_file, models_folder, sha256_from_file
 from .manifest import Manifest, manifest_from_dict
 
 MANIFEST_NAME = "bundle.json"
+ENGINES_FOLDER = "engines"  # compiled on one device for itself: bundle.json, which travels, does not list what is in it
 _SEAL = "manifest_sha256"
 _AGAIN = "Fetch or export the bundle again: tclkit pull NAME, or tclkit export CHECKPOINT -o FOLDER"
 _log = logging.getLogger(__name__)
@@ -163,14 +164,14 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Manifest:
     """Write `folder`/bundle.json with size and SHA-256 of every file that lies in the folder, checked and sealed.
 
     Args:
-        folder: holds all the bundle's files already.
+        folder: holds all the bundle's files already; engines are not listed.
         manifest: bundle.json as a dict; its `files` is made here.
 
     Raises:
         BundleError: what would be written is not a valid manifest.
     """
     folder = Path(folder)
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and _belongs(path.relative_to(folder)))
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256_from_file(path), "size_bytes": path.stat().st_size}
         for path in found
@@ -181,6 +182,11 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Manifest:
     with atomic_file(folder / MANIFEST_NAME) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return checked
+
+
+def _belongs(path: Path) -> bool:
+    """Whether bundle.json lists a file of its folder."""
+    return path != Path(MANIFEST_NAME) and path.parts[0] != ENGINES_FOLDER
 
 
 def _seal(raw: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import Features
+from .backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
 from .bundle import Bundle
 from .errors import BackendError, BundleError, InputError
 
@@ -40,46 +40,44 @@ class OnnxRuntimeBackend:
             raise InputError(f"threads should be 1 or more, found {threads}")
         self._bundle = bundle
         self._image_files = _image_files(bundle, precision)
-        self._threads = threads or _usable_cpus()
+        self.threads = threads or _usable_cpus()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.precision = precision
         self.reason = reason
         _import_onnxruntime()
 
-    def image_features(self, images_BHWC: NDArray[np.uint8]) -> Features:
+    def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
         """Run the image graph of the images' size; see `Backend.image_features`."""
-        _check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
-        size = images_BHWC.shape[1:3]
-        if size not in self._image_files:
-            sizes = ", ".join(f"{height}x{width}" for height, width in self._image_files)
-            message = f"images are {size[0]}x{size[1]}, {self._bundle.name} has image graphs for {sizes}"
-            raise InputError(f"{message}. Resize them, or export this size: tclkit export --size {size[0]}x{size[1]}")
+        check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
+        size = (images_BHWC.shape[1], images_BHWC.shape[2])
+        check_image_size(self._bundle, size, list(self._image_files))
         names = _FEATURES if self._bundle.manifest.has_kp else _FEATURES[:1]
         outputs = self._run(self._image_files[size], names, {"image": images_BHWC})
-        return Features(grounded=outputs[0], kp=outputs[1] if len(outputs) > 1 else None)
+        return HostFeatures(grounded=outputs[0], kp=outputs[1] if len(outputs) > 1 else None)
 
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`."""
         width = self._bundle.manifest.model.embed_dim
-        _check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
-        _check_array("text embeddings", text_ND, np.float32, ("N", width))
-        if not 0 <= kp_w <= 1:
-            raise InputError(f"kp_w should be in [0, 1], found {kp_w}")
+        check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
+        check_array("text embeddings", text_ND, np.float32, ("N", width))
+        check_kp_w(self._bundle, kp_w)
         feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
         if self._bundle.manifest.has_kp:
-            _check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
+            check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
             feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
-        elif kp_w > 0:
-            remedy = "Use kp_w 0, or export the bundle with a KP branch"
-            raise InputError(f"{self._bundle.name} has no KP branch, but kp_w is {kp_w}. {remedy}")
         return self._run(self._bundle.manifest.masks, ("masks",), feeds)[0]
 
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run the text graph; see `Backend.encode_text`."""
-        _check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
+        check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
         context = self._bundle.manifest.model.context_length
         if token_ids_ML.shape[1] > context:
             raise InputError(f"token ids are {token_ids_ML.shape[1]} long, {self._bundle.name} reads at most {context}")
         return self._run(self._bundle.manifest.text, ("embeddings",), {"token_ids": token_ids_ML})[0]
+
+    def close(self) -> None:
+        """Release the sessions; a graph that is asked for again is loaded again."""
+        self._sessions.clear()
 
     def _run(self, file: str, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         if file not in self._sessions:
@@ -98,7 +96,7 @@ class OnnxRuntimeBackend:
     ) -> "onnxruntime.InferenceSession":
         onnxruntime = _import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised, and told once
         path = self._bundle.path(file)
@@ -120,8 +118,8 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, ...], str]:
-    files: dict[tuple[int, ...], str] = {
+def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, int], str]:
+    files: dict[tuple[int, int], str] = {
         (image.height, image.width): image.files[precision]
         for image in bundle.manifest.images
         if precision in image.files
@@ -137,18 +135,6 @@ def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _check_array(what: str, array: object, dtype: type, shape: tuple[str | int, ...]) -> None:
-    """Refuse what is not an array of this dtype and shape; a text in `shape` stands for any size from 1."""
-    wanted = f"{np.dtype(dtype).name} ({', '.join(map(str, shape))})"
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{what} should be a numpy array, {wanted}, found {type(array).__name__}")
-    fits = array.ndim == len(shape) and all(
-        found == want if isinstance(want, int) else found >= 1 for found, want in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype != dtype or not fits:
-        raise InputError(f"{what} should be {wanted}, found {array.dtype.name} {array.shape}")
 
 
 def _check_interface(path: str, what: str, found: list[str], expected: list[str]) -> None:

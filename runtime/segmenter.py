@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +43,7 @@ class ImageFeatures:
         image_hwc: (H, W, 3) uint8, the image itself.
         plan: how it was brought to the model's input.
         inputs: (h, w, 3) uint8, what went in, one a window.
-        features: of each window.
+        features: of each run of the image graph, one window or several.
         timings_ms: what making them took.
     """
 
@@ -138,7 +139,7 @@ class Segmenter:
         *,
         backend: str = "auto",
         cache: bool | str | Path = True,
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int | None = None,
         verify: bool = True,
         windows_per_run: int = 1,
@@ -149,7 +150,8 @@ class Segmenter:
             model: name of an installed bundle, or its folder.
             backend: "auto", or a backend's name.
             cache: keep text embeddings on disk; a path keeps them in that file.
-            precision: of the image graph: "fp32", or another that the bundle holds.
+            precision: of the image graph, "fp32", "fp16" or "int8"; "auto" takes with TensorRT the first of int8, fp16
+                and fp32 that has engines, with ONNX Runtime fp32.
             threads: CPU threads; None takes every CPU this process may use.
             verify: compare the bundle's files with their hashes first.
             windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and
@@ -158,6 +160,7 @@ class Segmenter:
         Raises:
             BundleError: unknown name, incomplete or damaged.
             BackendError: the backend is not installed or cannot run this bundle.
+            EngineMismatchError: TensorRT was asked for, and its engines are for another machine or another graph.
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
@@ -172,6 +175,18 @@ class Segmenter:
     def stats(self) -> Stats:
         """What was done so far: counters and milliseconds per stage."""
         return Stats(**self._counters, timings_ms=dict(self._total_ms))
+
+    def close(self) -> None:
+        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does."""
+        self.backend.close()
+
+    def __enter__(self) -> "Segmenter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def prompts(self, prompts: Sequence[str]) -> PromptSet:
         """Embed prompts: once per Segmenter in memory, once per machine in the disk cache.
@@ -339,15 +354,18 @@ class Segmenter:
         return self._labelled(prepared.image_hwc, prepared.plan, fitted, prompts, options, timings)
 
     def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
-        """Features of the windows one by one: no more are held than one run of the image graph makes."""
+        """Features run by run of the image graph, so that those of many windows need not be held."""
         self._total_ms["preprocess"] += prepared.preprocess_ms
-        for start in range(0, len(prepared.inputs), self.windows_per_run):
-            windows = prepared.inputs[start : start + self.windows_per_run]
+        for windows in self._runs(prepared.inputs):
             with self._timed("image", timings):
                 features = self.backend.image_features(np.stack(windows))
             self._counters["windows"] += len(windows)
-            for index in range(len(windows)):
-                yield _features_of(features, index)
+            yield features
+
+    def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
+        """Windows that go through the image graph together."""
+        for start in range(0, len(inputs), self.windows_per_run):
+            yield inputs[start : start + self.windows_per_run]
 
     def _fitted_masks(
         self,
@@ -360,42 +378,45 @@ class Segmenter:
     ) -> NDArray[np.float32]:
         """(N, h, w) float32 soft masks at the size the model saw the image."""
         grid_masks = (
-            self._grid_masks(window_features, window_hwc, prompts, options, timings)
-            for window_hwc, window_features in zip(inputs, features, strict=True)
+            masks
+            for windows, run_features in zip(self._runs(inputs), features, strict=True)
+            for masks in self._grid_masks(run_features, windows, prompts, options, timings)
         )
         return plan.join(grid_masks, len(prompts))
 
     def _grid_masks(
         self,
         features: Features,
-        window_hwc: NDArray[np.uint8],
+        windows: Sequence[NDArray[np.uint8]],
         prompts: PromptSet,
         options: _Options,
         timings: dict[str, float],
-    ) -> NDArray[np.float32]:
-        """(N, h, w) float32 soft masks of one window on the mask grid.
+    ) -> Iterator[NDArray[np.float32]]:
+        """(N, h, w) float32 soft masks on the mask grid, of one window after the other of a run.
 
         PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
         """
         with self._timed("masks", timings):
-            kp_w = 0.0 if options.pamr else options.kp_w
-            masks: NDArray[np.float32] = self.backend.masks(features, prompts.embeddings, kp_w)[0]
-        if options.pamr:
-            with self._timed("pamr", timings):
-                planes = np.ascontiguousarray(window_hwc.transpose(2, 0, 1), np.float32)
-                small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
-                masks = refine_masks(small.transpose(1, 2, 0), masks)
-            if options.kp_w > 0:
-                with self._timed("masks", timings):
-                    kp_masks = self.backend.masks(features, prompts.embeddings, 1.0)[0]
-                masks = np.asarray(options.kp_w * kp_masks + (1 - options.kp_w) * masks, np.float32)
-        if not np.isfinite(masks).all():
-            raise BackendError(
-                f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
-                "precision. Use another precision or backend",
-                backend=self.backend.name,
-            )
-        return masks
+            masks_BNhw = self.backend.masks(features, prompts.embeddings, 0.0 if options.pamr else options.kp_w)
+            kp_BNhw = None
+            if options.pamr and options.kp_w > 0:
+                kp_BNhw = self.backend.masks(features, prompts.embeddings, 1.0)
+        for index, window_hwc in enumerate(windows):
+            masks: NDArray[np.float32] = masks_BNhw[index]
+            if options.pamr:
+                with self._timed("pamr", timings):
+                    planes = np.ascontiguousarray(window_hwc.transpose(2, 0, 1), np.float32)
+                    small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
+                    masks = refine_masks(small.transpose(1, 2, 0), masks)
+            if kp_BNhw is not None:
+                masks = np.asarray(options.kp_w * kp_BNhw[index] + (1 - options.kp_w) * masks, np.float32)
+            if not np.isfinite(masks).all():
+                raise BackendError(
+                    f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
+                    "precision. Use another precision or backend",
+                    backend=self.backend.name,
+                )
+            yield masks
 
     def _labelled(
         self,
@@ -414,7 +435,13 @@ class Segmenter:
             fitted,
             options.threshold,
             labels=labels,
-            settings={"fit": plan.fit, "kp_w": options.kp_w, "pamr": options.pamr, "windows": len(plan.windows)},
+            settings={
+                "fit": plan.fit,
+                "kp_w": options.kp_w,
+                "pamr": options.pamr,
+                "windows": len(plan.windows),
+                "precision": self.backend.precision,
+            },
             model=self.model,
             backend=self.backend.name,
             timings_ms=timings,
@@ -486,12 +513,6 @@ class Segmenter:
         elapsed = _elapsed_ms(start)
         timings[stage] = timings.get(stage, 0.0) + elapsed
         self._total_ms[stage] += elapsed
-
-
-def _features_of(batch: Features, index: int) -> Features:
-    """Features of one image of a batch, as a batch of one."""
-    one = slice(index, index + 1)
-    return Features(grounded=batch.grounded[one], kp=None if batch.kp is None else batch.kp[one])
 
 
 def _elapsed_ms(start: float) -> float:

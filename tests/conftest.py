@@ -3,11 +3,13 @@
 Tests run with --import-mode=importlib, so test files cannot import each other: what they share arrives as fixtures.
 """
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,28 +22,42 @@ def golden() -> Path:
     return TESTS / "golden"
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """The module tests/runtime/tiny_bundle.py: `tiny.write_tiny_bundle`, `tiny.PALETTE`, ..."""
-    return _module("tiny_bundle", TESTS / "runtime" / "tiny_bundle.py")
-
-
-@pytest.fixture(scope="session")
-def mini() -> ModuleType:
-    """The module tests/calib/mini_benchmarks.py: `mini.write_all`, `mini.CLASS_COLOURS`, ..."""
-    return _module("mini_benchmarks", TESTS / "calib" / "mini_benchmarks.py")
-
-
-def _module(stem: str, path: Path) -> ModuleType:
-    name = f"tclkit_tests_{stem}"
+def shared_module(name: str, path: str) -> ModuleType:
+    """A module or package under tests/ that test files share, imported once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, TESTS / path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tests/runtime/tiny_bundle.py: `tiny.write_tiny_bundle`, `tiny.PALETTE`, ..."""
+    return shared_module("tclkit_tests_tiny_bundle", "runtime/tiny_bundle.py")
+
+
+@pytest.fixture(scope="session")
+def simulator_package() -> ModuleType:
+    """The package tests/tensorrt_simulator: `simulator_package.VERSIONS`, `simulator_package.violations`, ..."""
+    return shared_module("tclkit_tests_tensorrt_simulator", "tensorrt_simulator/__init__.py")
+
+
+@pytest.fixture
+def tensorrt_simulator(simulator_package: ModuleType) -> Iterator[Callable[..., Any]]:
+    """Function that installs a simulated machine with TensorRT; see tests/tensorrt_simulator."""
+    fixtures = importlib.import_module(f"{simulator_package.__name__}.fixtures")
+    with fixtures.simulators() as install:
+        yield install
+
+
+@pytest.fixture(scope="session")
+def mini() -> ModuleType:
+    """The module tests/calib/mini_benchmarks.py: `mini.write_all`, `mini.CLASS_COLOURS`, ..."""
+    return shared_module("tclkit_tests_mini_benchmarks", "calib/mini_benchmarks.py")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from PIL import Image
 import tclkit.calib.evaluation as module
 from tclkit.calib.benchmarks import published_benchmarks
 from tclkit.calib.datasets import FolderDataset, open_benchmark, open_own_data
-from tclkit.calib.evaluation import Evaluation, EvaluationSettings, evaluate
+from tclkit.calib.evaluation import Evaluation, EvaluationSettings, Share, evaluate
 from tclkit.calib.journal import journal_files
 from tclkit.calib.prediction import Predictor
 from tclkit.calib.prepare import prepare_labels
@@ -179,13 +179,15 @@ def test_two_workers_and_two_ranks_give_the_figures_of_one(
 ) -> None:
     one = evaluate(many, settings, folder=tmp_path / "one")
     seen: list[tuple[int, int]] = []
-    two = evaluate(many, settings, folder=tmp_path / "two", workers=2, progress=lambda *at: seen.append(at))
+    two = evaluate(
+        many, settings, folder=tmp_path / "two", share=Share(workers=2), progress=lambda *at: seen.append(at)
+    )
     assert figures(two) == figures(one)
     assert seen[0] == (0, 12)
     assert len(list((tmp_path / "two/journal").iterdir())) == 2
-    first = evaluate(many, settings, folder=tmp_path / "ranks", rank=0, world_size=2)
+    first = evaluate(many, settings, folder=tmp_path / "ranks", share=Share(rank=0, world_size=2))
     assert (first.counted, first.pending) == (6, 6)
-    last = evaluate(many, settings, folder=tmp_path / "ranks", rank=1, world_size=2)
+    last = evaluate(many, settings, folder=tmp_path / "ranks", share=Share(rank=1, world_size=2))
     assert last.pending == 0
     assert figures(last) == figures(one)
 
@@ -195,7 +197,7 @@ def test_journals_of_two_machines_can_be_copied_together(
 ) -> None:
     one = evaluate(many, settings, folder=tmp_path / "one")
     for rank in range(2):
-        evaluate(many, settings, folder=tmp_path / f"machine-{rank}", rank=rank, world_size=2)
+        evaluate(many, settings, folder=tmp_path / f"machine-{rank}", share=Share(rank=rank, world_size=2))
     shutil.copytree(tmp_path / "machine-1/journal", tmp_path / "machine-0/journal", dirs_exist_ok=True)
     assert figures(evaluate(many, settings, folder=tmp_path / "machine-0")) == figures(one)
 
@@ -305,9 +307,9 @@ def test_bad_settings(change: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"rank": 2, "world_size": 2}, {"rank": -1}, {"workers": 0}, {"loaders": 0}], ids=str
 )
-def test_bad_shares(many: FolderDataset, settings: EvaluationSettings, tmp_path: Path, options: dict[str, int]) -> None:
-    with pytest.raises(InputError):
-        evaluate(many, settings, folder=tmp_path, **options)  # type: ignore[arg-type]
+def test_bad_shares(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"ranks of \d are 0 to \d|should be 1 or more"):
+        Share(**options)
 
 
 def test_no_image_can_be_used(many: FolderDataset, settings: EvaluationSettings, tmp_path: Path) -> None:

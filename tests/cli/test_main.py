@@ -14,8 +14,8 @@ from tclkit.cli.main import app
 OPTIONS = {
     "tclkit": "--version --debug",
     "demo": "--output -o --debug",
-    "segment": "image prompts --bank --model -m --backend --output -o --json --threshold --background --no-background "
-    "--pamr --kp --fit --debug",
+    "segment": "image prompts --bank --model -m --backend --precision --output -o --json --threshold --background "
+    "--no-background --pamr --kp --fit --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --debug",
     "train": "--config -c --output -o --set --resume --debug",

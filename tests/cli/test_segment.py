@@ -54,7 +54,9 @@ def test_json_says_all_and_writes_nothing(invoke: Invoke, scene: Path) -> None:
     assert image["file"] == str(scene)
     assert image["overlay"] is None
     assert image["image"] == {"height": 64, "width": 64}
-    assert image["settings"] == {"threshold": 0.5, "fit": "whole", "kp_w": 0.0, "pamr": False, "windows": 1}
+    assert found["precision"] == "fp32"
+    settings = {"threshold": 0.5, "fit": "whole", "kp_w": 0.0, "pamr": False, "windows": 1, "precision": "fp32"}
+    assert image["settings"] == settings
     assert areas(image) == pytest.approx({"red": 0.5, "blue": 0.25}, abs=0.01)
     assert [region["box"] for region in image["prompts"][1]["regions"]] == [[0, 32, 32, 64]]
     assert image["timings_ms"]

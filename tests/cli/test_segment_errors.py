@@ -79,6 +79,24 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
 
 
 @pytest.mark.usefixtures("tiny_model")
+def test_a_precision_that_the_model_does_not_have(invoke: Invoke, scene: Path) -> None:
+    result = invoke("segment", scene, "red", "--precision", "fp16")
+    assert_refused(result, "tiny has no image graph in fp16, only in fp32")
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_tensorrt_without_engines(invoke: Invoke, scene: Path, tensorrt_simulator: Callable[..., object]) -> None:
+    """Asked for, it is refused; left to choose, the fallback is announced."""
+    tensorrt_simulator("10.3.0")
+    refused = invoke("segment", scene, "red", "--backend", "tensorrt")
+    assert_refused(refused, "no engines were built for tiny. Build them here: tclkit build-engine --fp16 --model")
+    announced = invoke("segment", scene, "red", "--json")
+    assert announced.exit_code == 0
+    assert json.loads(announced.stdout)["backend"] == "onnxruntime"
+    assert "warning: tiny does not run on TensorRT 10.3.0: no engines were built for tiny" in announced.stderr
+
+
+@pytest.mark.usefixtures("tiny_model")
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_an_image_that_cannot_be_used(invoke: Invoke, scene: Path, name: str) -> None:
     make, fragments = BAD_IMAGES[name]

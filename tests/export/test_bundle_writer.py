@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tclkit.export import _parity, bundle_writer, export_bundle
+from tclkit.export import _parity, bundle_folder, bundle_writer, export_bundle
 from tclkit.runtime import open_bundle
 from tclkit.runtime.errors import CheckpointError, ExportError, InputError, ParityError
 from tclkit.runtime.files import sha256_from_file
@@ -292,7 +292,7 @@ def test_leftovers_of_killed_runs_are_removed_and_running_ones_kept(
     for folder in (dead, alive, other):
         folder.mkdir()
         (folder / "image.onnx").write_bytes(b"half")
-    with bundle_writer._locked(alive):
+    with bundle_folder._locked(alive):
         export_bundle(tiny_checkpoint, out)
     assert siblings(out) == [".b.2-bbbb.tmp", ".c.3-cccc.tmp", "b", "tcl.pt"]
 

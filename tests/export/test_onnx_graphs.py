@@ -13,15 +13,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tclkit.export.onnx_graphs import (
-    OPERATORS,
-    OPSET,
-    check_graph,
-    write_graph,
-    write_image_graph,
-    write_masks_graph,
-    write_text_graph,
-)
+from tclkit.export.graph_rules import OPERATORS, OPSET, check_graph
+from tclkit.export.onnx_graphs import write_graph, write_image_graph, write_masks_graph, write_text_graph
 from tclkit.export.wrapper import ImageGraph, MasksGraph, TextGraph
 from tclkit.runtime.errors import ExportError
 from tclkit.tcl import TCL
@@ -265,7 +258,7 @@ def small_graph(opset: int = 20, operator: str = "Add", domain: str = "") -> onn
 
 
 def test_a_plain_graph_passes() -> None:
-    check_graph(small_graph(), where="x.onnx")
+    check_graph(small_graph(), where="torch wrote x.onnx")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +273,7 @@ def test_a_plain_graph_passes() -> None:
 )
 def test_graphs_that_some_runtime_would_not_read_are_refused(model: onnx.ModelProto, message: str) -> None:
     with pytest.raises(ExportError, match=rf"(?s)wrote x\.onnx with .*{message}.*pip install -U"):
-        check_graph(model, where="x.onnx")
+        check_graph(model, where="torch wrote x.onnx")
 
 
 def test_weights_in_other_files_are_refused() -> None:
@@ -288,7 +281,7 @@ def test_weights_in_other_files_are_refused() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "w"))
     model.graph.initializer[0].data_location = TensorProto.EXTERNAL
     with pytest.raises(ExportError, match="weights in other files"):
-        check_graph(model, where="x.onnx")
+        check_graph(model, where="torch wrote x.onnx")
 
 
 class Untraceable(torch.nn.Module):

@@ -2,7 +2,11 @@
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -23,16 +27,45 @@ def test_the_status_of_every_backend() -> None:
     assert statuses["onnxruntime"].available
     assert statuses["onnxruntime"].version
     assert statuses["onnxruntime"].remedy == ""
-    assert not statuses["tensorrt"].available
-    assert "--backend onnxruntime" in statuses["tensorrt"].remedy
+    assert "--backend onnxruntime" in statuses["openvino"].remedy
 
 
-def test_auto_announces_its_choice(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt" else real(name))
+
+
+def test_the_status_of_tensorrt(monkeypatch: pytest.MonkeyPatch, tensorrt_simulator: Callable[..., Any]) -> None:
+    simulator = tensorrt_simulator("10.13.3.9")
+    status = available_backends()[0]
+    assert (status.name, status.available, status.version, status.remedy) == ("tensorrt", True, "10.13.3.9", "")
+    code = simulator.cudart.cudaError_t.cudaErrorInsufficientDriver
+    with monkeypatch.context() as patched:
+        patched.setattr(simulator.cudart, "cudaGetDeviceCount", lambda: (code, None))
+        status = available_backends()[0]
+        assert (status.available, status.version) == (False, "10.13.3.9")
+        assert "cudaErrorInsufficientDriver" in status.remedy
+        assert "pip install 'cuda-python<13'" in status.remedy
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "cuda.bindings", None)
+        assert "pip install 'tclkit[tensorrt]'" in available_backends()[0].remedy
+    without_tensorrt(monkeypatch)
+    status = available_backends()[0]
+    assert (status.available, status.version) == (False, None)
+    assert "Jetson: it comes with JetPack" in status.remedy
+
+
+def test_auto_announces_its_choice(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tensorrt(monkeypatch)
     with caplog.at_level(logging.INFO):
         backend: Backend = choose_backend("auto", bundle)
     assert backend.name == "onnxruntime"
     assert "best backend available here (onnxruntime " in backend.reason
+    assert backend.reason.endswith(", fp32)")
     assert backend.reason in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 def test_by_name(bundle: Bundle) -> None:
@@ -41,10 +74,17 @@ def test_by_name(bundle: Bundle) -> None:
     assert backend.reason.startswith("asked for (onnxruntime ")
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "openvino"])
-def test_what_is_not_implemented_is_refused(bundle: Bundle, name: str) -> None:
-    with pytest.raises(BackendError, match=rf"backend {name} cannot be used\. .*take --backend onnxruntime"):
-        choose_backend(name, bundle)
+def test_what_is_not_implemented_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"backend openvino cannot be used\. .*take --backend onnxruntime"):
+        choose_backend("openvino", bundle)
+
+
+def test_tensorrt_by_name_where_it_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_tensorrt(monkeypatch)
+    with pytest.raises(
+        BackendError, match=r"backend tensorrt cannot be used\. It is not installed\. Jetson: .*JetPack"
+    ):
+        choose_backend("tensorrt", bundle)
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "ONNXRuntime"])
@@ -63,8 +103,18 @@ def test_nothing_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_package_without_metadata_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(backends, "_DISTRIBUTIONS", dict.fromkeys(backends._DISTRIBUTIONS, ("no-such-package",)))
     assert {s.name: s.version for s in available_backends()}["onnxruntime"] == "unknown"
+
+
+def test_a_loaded_module_without_spec_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("openvino")
+    module.__spec__ = None
+    module.__version__ = "2025.3"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "openvino", module)
+    monkeypatch.setattr(backends, "_DISTRIBUTIONS", dict.fromkeys(backends._DISTRIBUTIONS, ("no-such-package",)))
+    assert {s.name: s.version for s in available_backends()}["openvino"] == "2025.3"
 
 
 def test_a_precision_the_bundle_does_not_have(bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tclkit.runtime.backends import Features
+from tclkit.runtime.backends import HostFeatures
 from tclkit.runtime.bundle import open_bundle
 from tclkit.runtime.errors import BackendError, BundleError, InputError
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -122,7 +122,7 @@ def test_masks_that_cannot_be(backend: OnnxRuntimeBackend, tiny: ModuleType) -> 
         with pytest.raises(InputError, match=r"text embeddings should be float32 \(N, 9\), found"):
             backend.masks(features, wrong, 0.3)
     with pytest.raises(InputError, match="KP features should be a numpy array"):
-        backend.masks(Features(grounded=features.grounded, kp=None), red, 0.3)
+        backend.masks(HostFeatures(grounded=features.grounded, kp=None), red, 0.3)
 
 
 def test_token_ids_that_do_not_fit(backend: OnnxRuntimeBackend) -> None:

@@ -69,7 +69,7 @@ def test_a_scene_is_labelled(segmenter: Segmenter, scene: Image, tiny: ModuleTyp
 
 def test_defaults_are_the_bundles(segmenter: Segmenter, scene: Image, tiny: ModuleType) -> None:
     result = segmenter(scene, NAMES)
-    assert result.settings == {"fit": "whole", "kp_w": 0.3, "pamr": False, "windows": 1}
+    assert result.settings == {"fit": "whole", "kp_w": 0.3, "pamr": False, "windows": 1, "precision": "fp32"}
     assert agreement(result.label_map, expected_map(scene, tiny)) > 0.9
     assert segmenter(scene, NAMES, pamr=True).threshold == 0.4
     assert segmenter(scene, NAMES, background=False).threshold is None
@@ -246,11 +246,21 @@ def test_one_thread_each(segmenter: Segmenter, scene: Image) -> None:
     segmenter(scene, NAMES)
 
 
+def test_closing_releases_the_backend(tiny_bundle_folder: Path, scene: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    with Segmenter.open(tiny_bundle_folder, threads=1) as segmenter:
+        segmenter(scene, NAMES)
+        monkeypatch.setattr(segmenter.backend, "close", lambda: closed.append(segmenter.backend.name))
+    assert closed == ["onnxruntime"]
+
+
 def test_unknown_model_and_backend(tiny_bundle_folder: Path) -> None:
     with pytest.raises(BundleError, match="not installed"):
         Segmenter.open("no-such-model")
     with pytest.raises(BackendError, match="unknown backend"):
         Segmenter.open(tiny_bundle_folder, backend="magic")
+    with pytest.raises(BackendError, match="tiny has no image graph in fp16, only in fp32"):
+        Segmenter.open(tiny_bundle_folder, precision="fp16")
 
 
 def test_stream_equals_calls(segmenter: Segmenter, scene: Image) -> None:

@@ -1,0 +1,99 @@
+"""Where to cut a distribution of magnitudes before it is squeezed into 8 bits: by entropy or by percentile."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tclkit.runtime.errors import InputError
+
+LEVELS = 128  # magnitudes of a symmetric 8-bit number
+
+
+def percentile_limit(counts: NDArray[np.int64], width: float, percentile: float) -> float:
+    """The magnitude below which `percentile` % of the values lie, linear within a bin.
+
+    Args:
+        counts: (bins,) values in [k * width, (k + 1) * width).
+        width: of a bin, in the tensor's unit.
+        percentile: in (0, 100].
+
+    Raises:
+        InputError: percentile is out of range, or there is no value.
+    """
+    if not 0 < percentile <= 100:
+        raise InputError(f"percentile should be in (0, 100], found {percentile}")
+    total = _total(counts)
+    below = np.concatenate([[0], np.cumsum(counts)])  # values below each edge
+    target = total * percentile / 100
+    edge = int(np.searchsorted(below, target))  # first edge with enough values below it
+    inside = (target - below[edge - 1]) / counts[edge - 1]
+    return float((edge - 1 + inside) * width)
+
+
+def entropy_limit(counts: NDArray[np.int64], width: float) -> float:
+    """The magnitude at which to clip so that 8 bits keep most of the distribution's information.
+
+    For every cut at a bin's edge from the 128th on, the clipped distribution P (what lies beyond is added to the last
+    bin) is compared with Q, what is left of it after 128 levels; the cut of least Kullback-Leibler divergence wins, the
+    widest of equals.
+
+    Args:
+        counts: (bins,) values in [k * width, (k + 1) * width); 128 bins or more.
+        width: of a bin, in the tensor's unit.
+
+    Returns:
+        Upper edge of the last bin kept.
+
+    Raises:
+        InputError: fewer than 128 bins, or no value.
+
+    Source: S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (TensorRT's entropy calibrator). The first bin gets the
+    count of the second, as in NVIDIA's pytorch-quantization (calib/histogram.py): zeros are exact at any scale, and
+    those of an activation function would outweigh the rest. A cut that would leave the last bin without a level while
+    values beyond it are added there has an infinite divergence.
+    """
+    if counts.size < LEVELS:
+        raise InputError(f"entropy needs {LEVELS} bins or more, found {counts.size}")
+    _total(counts)
+    values = counts.astype(np.float64)
+    values[0] = values[1]
+    if not values.any():  # all values lie in the first bin
+        return width * LEVELS
+    return _best_cut(values) * width
+
+
+def _best_cut(values: NDArray[np.float64]) -> int:
+    """Number of bins kept; all cuts at once: prefix sums give every level's mass without a loop over bins."""
+    bins = values.size
+    cuts = np.arange(LEVELS, bins + 1)
+    edges = cuts[:, None] * np.arange(LEVELS + 1) // LEVELS  # (cuts, levels + 1): bins of level j are edges[j]..[j + 1]
+    mass_below = np.concatenate([[0.0], np.cumsum(values)])
+    filled_below = np.concatenate([[0], np.cumsum(values > 0)])
+    plogp_below = np.concatenate([[0.0], np.cumsum(_xlogx(values))])
+    total = mass_below[-1]
+    kept = mass_below[cuts]
+    last = values[cuts - 1]
+    beyond = total - kept
+    level_mass = np.diff(mass_below[edges])  # (cuts, levels)
+    level_filled = np.diff(filled_below[edges])
+    # Each filled bin of a level gets the level's mean mass.
+    log_mean = np.log(np.divide(level_mass, level_filled, out=np.ones_like(level_mass), where=level_mass > 0))
+    p_log_p = plogp_below[cuts] - _xlogx(last) + _xlogx(last + beyond)
+    p_log_q = (level_mass * log_mean).sum(axis=1) + beyond * log_mean[:, -1]
+    with np.errstate(divide="ignore"):
+        log_kept = np.log(kept)
+    # sum P log(P / Q) with P = p / total and Q = q / kept
+    divergence = (p_log_p - p_log_q) / total - np.log(total) + log_kept
+    divergence[(kept <= 0) | ((last <= 0) & (beyond > 0))] = np.inf
+    widest_best = cuts.size - 1 - int(np.argmin(divergence[::-1]))
+    return int(cuts[widest_best])
+
+
+def _xlogx(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values * np.log(np.where(values > 0, values, 1.0))
+
+
+def _total(counts: NDArray[np.int64]) -> int:
+    total = int(counts.sum())
+    if total < 1:
+        raise InputError("the histogram holds no value")
+    return total

@@ -1,0 +1,326 @@
+"""`tclkit build-engine`: a bundle gets graphs of another precision, and on a machine with TensorRT engines of them.
+
+Nothing degraded ships: every graph and every engine passes the gate before the bundle changes, and the bundle changes
+as a whole. A bundle that ships inside the package is copied to the models folder first. No torch: devices run this.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from tclkit import runtime
+from tclkit.runtime.bundle import MANIFEST_NAME, Bundle, open_bundle, write_manifest
+from tclkit.runtime.errors import BundleError, ConfigError, InputError
+from tclkit.runtime.files import atomic_file, models_folder
+from tclkit.runtime.manifest import ImageEntry
+from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tclkit.runtime.tensorrt_backend import TensorRTBackend
+
+from .bundle_folder import link_files, new_folder, require_replaceable, write_errors
+from .engine_build import EngineBuild, build_engines, engine_backend, missing_for_engines, remove_outdated_engines
+from .engine_builder import EngineOptions
+from .gate_inputs import embedded_prompts, gate_on, sample_batches
+from .gates import THRESHOLDS, Gate, GateFigures, GateThresholds, Judged, Verdict, require_parity
+from .graph_runner import GraphRunner
+from .precision import PrecisionConfig, PreparedGraph, prepare_graph
+
+BuildProgress = Callable[[str, int, int], None]
+"""Called as progress(what, done, in_all); every `what` counts for itself."""
+
+_log = logging.getLogger(__name__)
+_SEARCH_IMAGES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """What to build.
+
+    precision: "fp32" (engine only), "fp16" or "int8".
+    tier: of INT8: "all" layers, "decoder-only" (the transformer in half precision), or "auto", the most that passes.
+    calibration: a folder, glob, video, shards or list of images; INT8 needs it, FP16 takes the sample scenes without.
+    calibration_images, seed: how many of them, and which.
+    range_method: how activation ranges are found: "entropy", "minmax" or "percentile".
+    smoothing: strength of SmoothQuant in 0..1; None leaves it out.
+    sizes: (H, W) of the image graphs to build; None: all of the bundle.
+    prompts: what the gate asks for; None: a list that fits the model.
+    thresholds: of the gate; None: those of the precision.
+    prepare_only: write the graphs, build no engines.
+    engine: options of TensorRT's builder.
+    """
+
+    precision: Literal["fp32", "fp16", "int8"]
+    tier: Literal["all", "decoder-only", "auto"] = "all"
+    calibration: str | None = None
+    calibration_images: int = 256
+    seed: int = 0
+    range_method: Literal["entropy", "minmax", "percentile"] = "entropy"
+    smoothing: float | None = 0.5
+    sizes: tuple[tuple[int, int], ...] | None = None
+    prompts: tuple[str, ...] | None = None
+    thresholds: GateThresholds | None = None
+    prepare_only: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if self.precision not in THRESHOLDS:
+            raise ConfigError(f"precision is {self.precision!r}; choose {', '.join(THRESHOLDS)}", key="precision")
+        if self.tier != "all" and self.precision != "int8":
+            raise ConfigError(f"{self.tier} chooses layers for INT8, but the precision is {self.precision}", key="tier")
+        if self.precision == "fp32" and self.prepare_only:
+            raise ConfigError("the float32 graph is in every bundle: there is nothing to prepare", key="prepare_only")
+        if self.smoothing is not None and not 0 <= self.smoothing <= 1:
+            raise ConfigError(f"smoothing is {self.smoothing}; a strength is in 0..1", key="smoothing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildResult:
+    """What a build left behind.
+
+    bundle: the bundle's folder. verdicts: of every graph and engine. graphs: those prepared now.
+    engines: those built now. missing: why no engine was built although one was wanted; None otherwise.
+    """
+
+    bundle: Path
+    verdicts: Sequence[Verdict]
+    graphs: Sequence[PreparedGraph]
+    engines: Sequence[EngineBuild]
+    missing: str | None
+
+
+def build_engine(
+    model: str | Path,
+    config: BuildConfig,
+    *,
+    output: str | Path | None = None,
+    progress: BuildProgress | None = None,
+) -> BuildResult:
+    """Give a bundle graphs of a precision, and engines where TensorRT is.
+
+    A graph that the bundle holds already (prepared on another machine) is taken as it is when no calibration images are
+    given; engines that fit this machine and that graph are built anew.
+
+    Args:
+        model: name or folder of a bundle.
+        config: what to build.
+        output: folder of the resulting bundle; None changes the bundle itself, or for one that ships inside the
+            package, a copy in the models folder.
+        progress: called as the work goes on.
+
+    Raises:
+        BundleError: unknown or damaged bundle.
+        InputError: calibration images are missing or cannot be used, or a size the bundle does not have.
+        ParityError: an artefact is below the gate; the bundle is as it was.
+        BuildError: TensorRT could not build an engine.
+    """
+    source = open_bundle(model)
+    target = _target(source, output)
+    entries = _entries(source, config)
+    missing = None if config.prepare_only else missing_for_engines()
+    if missing is not None and config.precision == "fp32":
+        return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), missing=missing)
+    report = progress or _silent
+    text_ND = embedded_prompts(source, config.prompts)
+    graphs: list[PreparedGraph] = []
+    engines: list[EngineBuild] = []
+    verdicts: list[Verdict] = []
+    with write_errors(target), new_folder(target) as folder:
+        link_files(source.folder, folder)
+        works = [_SizeWork(source, entry, config, text_ND, report) for entry in entries]
+        for work in works:
+            graph = work.prepare()
+            if graph is not None:
+                _install(folder, work.entry, graph)
+                graphs.append(graph)
+            if config.precision != "fp32":
+                verdict = work.judge_graph(folder)
+                verdicts.append(verdict)
+                if graph is not None:
+                    _note(folder, verdict, graph.describe() | {"images": dict(work.description)})
+        if not config.prepare_only and missing is None:
+            staged = open_bundle(folder, verify=False)
+            for work in works:
+                engines += build_engines(staged, work.size, config.precision, config.engine, progress=report)
+            with closing(engine_backend(staged, config.precision, [work.size for work in works])) as backend:
+                verdicts += [work.judge_engine(backend, engines) for work in works]
+        remove_outdated_engines(open_bundle(folder, verify=False))
+    return BuildResult(bundle=target, verdicts=verdicts, graphs=graphs, engines=engines, missing=missing)
+
+
+class _SizeWork:
+    """What is done for one image size: images, the reference, the graph, the engines."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        entry: ImageEntry,
+        config: BuildConfig,
+        text_ND: NDArray[np.float32],
+        report: BuildProgress,
+    ) -> None:
+        self.entry, self.size = entry, (entry.height, entry.width)
+        self._bundle, self._config, self._text, self._report = bundle, config, text_ND, report
+        self._thresholds = config.thresholds or THRESHOLDS[config.precision]
+        self._backend = OnnxRuntimeBackend(bundle)
+        self._calibration: Iterable[NDArray[np.uint8]]
+        self._content_hash: str | None = None
+        if config.calibration is None:
+            self._take_samples()
+        else:
+            self._select(config.calibration)
+        self._gate = gate_on(bundle, self._backend, self._held_back, text_ND, report)
+
+    def _take_samples(self) -> None:
+        if self._config.precision == "int8" and "int8" not in self.entry.files:
+            raise InputError(
+                "INT8 needs images to calibrate on, of the kind the robot will see: "
+                "--calibration FOLDER (or a quoted glob, a video, a .tar of images, a list of paths)"
+            )
+        _log.warning("no calibration images were given: the gate judges on the sample scenes of tclkit only")
+        self._calibration = self._held_back = sample_batches(self._bundle, self.size)
+        self.description: Mapping[str, Any] = {"source": {"kind": "samples", "name": "tclkit"}}
+
+    def _select(self, calibration: str) -> None:
+        from tclkit.calib import select_images
+
+        chosen = select_images(
+            calibration,
+            size=self.size,
+            count=self._config.calibration_images,
+            seed=self._config.seed,
+            mean_rgb=self._bundle.manifest.preprocessing.mean,
+            patch_size=self._bundle.manifest.model.patch_size,
+            batch_size=1,
+            progress=self._report,
+        )
+        self._calibration, self._held_back = chosen.calibration, list(chosen.held_back)
+        self._content_hash, self.description = chosen.content_hash, chosen.describe()
+
+    def prepare(self) -> PreparedGraph | None:
+        """The graph to install; None when the bundle's own is taken, or float32 is wanted."""
+        config = self._config
+        if config.precision == "fp32" or (config.calibration is None and config.precision in self.entry.files):
+            return None
+        return prepare_graph(
+            onnx.load(self._bundle.path(self.entry.files["fp32"])),
+            PrecisionConfig(
+                precision=config.precision,
+                tier=config.tier,
+                range_method=config.range_method,
+                smoothing=config.smoothing,
+            ),
+            self._calibration,
+            content_hash=self._content_hash,
+            judge=self._search_judge(),
+            thresholds=self._thresholds,
+            progress=self._report,
+        )
+
+    def _search_judge(self) -> Callable[[onnx.ModelProto], GateFigures]:
+        """Judges the search's graphs on calibration images, so that the held-back ones stay unseen until the end."""
+        gates: list[Gate] = []
+
+        def judge(model: onnx.ModelProto) -> GateFigures:
+            if not gates:
+                images = list(islice(self._calibration, _SEARCH_IMAGES))
+                gates.append(gate_on(self._bundle, self._backend, images, self._text, self._report))
+            return gates[0].judge(GraphRunner(model, self._backend))
+
+        return judge
+
+    def judge_graph(self, folder: Path) -> Verdict:
+        """Pass the graph of a staged bundle through the gate."""
+        staged, precision = open_bundle(folder, verify=False), self._config.precision
+        file = next(e.files[precision] for e in staged.manifest.images if (e.height, e.width) == self.size)
+        runner = GraphRunner(onnx.load(staged.path(file)), self._backend)
+        return self._verdict(runner, file, runner.name)
+
+    def judge_engine(self, backend: TensorRTBackend, engines: Sequence[EngineBuild]) -> Verdict:
+        """Pass the engines of this size, image and masks together, through the gate."""
+        builds = [one for one in engines if one.record.size == self.size and one.record.graph == "image"]
+        return self._verdict(backend, builds[-1].file, backend.reason)
+
+    def _verdict(self, judged: Judged, artefact: str, ran_on: str) -> Verdict:
+        def done(count: int) -> None:
+            self._report(f"gate: {artefact}", count, self._gate.images)
+
+        precision = self._config.precision
+        figures = self._gate.judge(judged, progress=done)
+        require_parity(figures, self._thresholds, what=artefact, precision=precision)
+        return Verdict(
+            artefact=artefact, precision=precision, figures=figures, thresholds=self._thresholds, ran_on=ran_on
+        )
+
+
+def _target(source: Bundle, output: str | Path | None) -> Path:
+    if output is not None:
+        target = Path(output).expanduser().resolve()
+        require_replaceable(target)
+        return target
+    shipped = Path(runtime.__file__).resolve().parent
+    if not source.folder.is_relative_to(shipped):
+        return source.folder
+    target = models_folder() / source.folder.name
+    _log.warning("%s ships inside tclkit; what is built goes into a copy of it, %s", source.name, target)
+    return target
+
+
+def _entries(bundle: Bundle, config: BuildConfig) -> list[ImageEntry]:
+    every = {(entry.height, entry.width): entry for entry in bundle.manifest.images}
+    wanted = list(every) if config.sizes is None else list(dict.fromkeys(config.sizes))
+    for size in wanted:
+        if size not in every:
+            have = ", ".join(_size_text(one) for one in every)
+            raise InputError(
+                f"{bundle.name} has image graphs for {have}, not for {_size_text(size)}. Export it: "
+                f"tclkit export CHECKPOINT -o FOLDER --size {_size_text(size)}"
+            )
+        if "fp32" not in every[size].files:
+            raise BundleError(f"{bundle.name} has no float32 graph for {_size_text(size)} to start from")
+    return [every[size] for size in wanted]
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _install(folder: Path, entry: ImageEntry, graph: PreparedGraph) -> None:
+    """Put a graph into a staged bundle and list it."""
+    precision = graph.config.precision
+    file = f"{Path(entry.files['fp32']).stem}.{precision}.onnx"
+    with atomic_file(folder / file) as temporary:  # renamed over a link: the bundle in use keeps its own file
+        temporary.write_bytes(graph.model.SerializeToString(deterministic=True))
+    raw = _read_manifest(folder)
+    for image in raw["images"]:
+        if (image["height"], image["width"]) == (entry.height, entry.width):
+            image["files"][precision] = file
+    write_manifest(folder, raw)
+
+
+def _note(folder: Path, verdict: Verdict, made: Mapping[str, Any]) -> None:
+    """Keep in bundle.json how a graph was made and what the gate said of it."""
+    raw = _read_manifest(folder)
+    raw["checks"].setdefault(verdict.precision, {})[verdict.artefact] = {
+        **verdict.figures.to_dict(),
+        "thresholds": asdict(verdict.thresholds),
+        "ran_on": verdict.ran_on,
+        "made": dict(made),
+    }
+    write_manifest(folder, raw)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return raw
+
+
+def _silent(what: str, done: int, in_all: int) -> None:
+    """Progress for callers who want none."""

@@ -1,0 +1,100 @@
+"""What the gate looks at when nobody says: the sample scenes of the package, and prompts that fit the model."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tclkit import runtime
+from tclkit.runtime.bundle import Bundle
+from tclkit.runtime.errors import InputError
+from tclkit.runtime.images import load_image
+from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tclkit.runtime.preprocess import plan_fit
+from tclkit.runtime.prompts import unknown_words
+from tclkit.runtime.segmenter import Segmenter
+from tclkit.runtime.text_cache import TextCache
+
+from .gates import Gate
+
+_SAMPLES = Path(runtime.__file__).parent / "samples"
+
+# fmt: off
+_COMMON_THINGS = (
+    "person", "car", "bicycle", "dog", "cat", "chair", "table", "cup", "bottle", "book", "door", "window", "floor",
+    "wall", "grass", "tree", "sky", "road", "building", "water",
+)
+# fmt: on
+
+
+def default_prompts(bundle: Bundle) -> tuple[str, ...]:
+    """Prompts to judge with: things that photographs show; for a model of a small world, those it knows."""
+    vocabulary = bundle.manifest.vocabulary
+    if vocabulary is None:
+        return _COMMON_THINGS
+    scenes = json.loads((_SAMPLES / "samples.json").read_text(encoding="utf-8"))["scenes"]
+    prompts = dict.fromkeys(prompt for scene in scenes for prompt in scene["prompts"])
+    return tuple(prompt for prompt in prompts if not unknown_words([prompt], vocabulary.words)) or vocabulary.words
+
+
+def gate_on(
+    bundle: Bundle,
+    backend: OnnxRuntimeBackend,
+    images: Sequence[NDArray[np.uint8]],
+    text_ND: NDArray[np.float32],
+    report: Callable[[str, int, int], None],
+) -> Gate:
+    """The gate of a bundle's float32 graph on some batches."""
+    return Gate(
+        backend,
+        images,
+        text_ND,
+        kp_w=bundle.manifest.kp_w,
+        threshold=bundle.manifest.thresholds.background,
+        progress=lambda done: report("reference in float32", done, sum(map(len, images))),
+    )
+
+
+def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None) -> NDArray[np.float32]:
+    """Embeddings (N, D) of the prompts to judge with; None: `default_prompts`."""
+    segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle), cache=TextCache())
+    return segmenter.prompts(list(prompts or default_prompts(bundle))).embeddings
+
+
+def prompts_from_file(path: Path) -> tuple[str, ...]:
+    """Prompts of a text file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        InputError: it cannot be read, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read as a list of prompts, one a line: {reason}") from error
+    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not prompts:
+        raise InputError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def sample_batches(bundle: Bundle, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    """The package's sample scenes, and each cut into quarters, as batches of one (1, H, W, 3) of a graph's size."""
+    images = [load_image(path) for path in sorted(_SAMPLES.glob("*.png"))]
+    images += [quarter for image in images for quarter in _quarters(image)]
+    colour = pad_colour(bundle)
+    return [one[None] for image in images for one in plan_fit(image.shape[:2], [size]).inputs(image, colour)]
+
+
+def pad_colour(bundle: Bundle) -> tuple[int, int, int]:
+    """Colour that pads images for a bundle's graphs: its mean colour in bytes."""
+    red, green, blue = (min(255, max(0, round(value))) for value in bundle.manifest.preprocessing.mean)
+    return red, green, blue
+
+
+def _quarters(image_hwc: NDArray[np.uint8]) -> Sequence[NDArray[np.uint8]]:
+    middle_y, middle_x = image_hwc.shape[0] // 2, image_hwc.shape[1] // 2
+    halves = (image_hwc[:middle_y], image_hwc[middle_y:])
+    return [part for half in halves for part in (half[:, :middle_x], half[:, middle_x:])]

@@ -1,0 +1,231 @@
+"""`tclkit verify`: the gate once more, on this machine, for every graph and engine of a bundle; and a report to paste.
+
+What a bundle says of itself was measured where it was built. Here each artefact is run again, on the processor or the
+GPU at hand, against the float32 graph in ONNX Runtime.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from tclkit.runtime.bundle import Bundle, open_bundle
+from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine
+from tclkit.runtime.errors import BackendError, TclkitError
+from tclkit.runtime.manifest import ImageEntry
+from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+from .engine_build import engine_backend
+from .gate_inputs import embedded_prompts, gate_on, sample_batches
+from .gates import THRESHOLDS, Gate, GateThresholds, Verdict
+from .graph_runner import GraphRunner
+
+Progress = Callable[[str, int, int], None]
+_PACKAGES = (
+    "tclkit",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "polygraphy",
+    "cuda-python",
+    "opencv-python-headless",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What `verify_bundle` found.
+
+    bundle: name and hash of its bundle.json's seal. machine: versions and device. images: what was judged on.
+    verdicts: of each artefact that ran. problems: artefact -> why it could not run although it should.
+    not_for_here: (precision, size) -> why it has no engine for this machine, as a sentence.
+    """
+
+    bundle: Mapping[str, str]
+    machine: Mapping[str, str]
+    images: str
+    verdicts: Sequence[Verdict]
+    problems: Mapping[str, str]
+    not_for_here: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that should run ran, and passed."""
+        return not self.problems and all(verdict.passed for verdict in self.verdicts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        verdicts = [asdict(verdict) | {"passed": verdict.passed} for verdict in self.verdicts]
+        return asdict(self) | {"verdicts": verdicts, "passed": self.passed}
+
+    def report(self) -> str:
+        """Markdown to paste into a bug report: a table for people, JSON for machines."""
+        rows = [
+            f"| {v.artefact} | {v.figures.label_agreement:.4f} | {v.figures.mask_iou:.4f} | "
+            f"{v.figures.features_cosine:.5f} | {'pass' if v.passed else 'FAIL'} | {v.ran_on} |"
+            for v in self.verdicts
+        ]
+        lines = [
+            f"# tclkit verify: {self.bundle['name']}: {'passed' if self.passed else 'FAILED'}",
+            "",
+            *(f"- {name}: {value}" for name, value in {**self.machine, "images": self.images}.items()),
+            "",
+            "| artefact | label agreement | mask IoU | cosine | | ran on |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            *(f"- **{name}**: {why}" for name, why in self.problems.items()),
+            *(f"- {name}: {why}" for name, why in self.not_for_here.items()),
+            "",
+            "```json",
+            json.dumps(self.to_dict(), indent=1, allow_nan=True),
+            "```",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def verify_bundle(
+    model: str | Path,
+    *,
+    calibration: str | None = None,
+    images: int = 16,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Judge every graph and every engine of a bundle on this machine.
+
+    Args:
+        model: name or folder of a bundle; its files are compared with their hashes first.
+        calibration: images to judge on, see `select_images`; None: the sample scenes of tclkit.
+        images: how many of them.
+        prompts: to judge with; None: a list that fits the model.
+        progress: called as progress(what, done, in_all).
+
+    Raises:
+        BundleError: unknown or damaged bundle.
+        InputError: images or prompts cannot be used.
+    """
+    bundle = open_bundle(model)
+    report = progress or _silent
+    text_ND = embedded_prompts(bundle, prompts)
+    backend = OnnxRuntimeBackend(bundle)
+    verdicts: list[Verdict] = []
+    problems: dict[str, str] = {}
+    not_for_here: dict[str, str] = {}
+    device = _device()
+    for entry in bundle.manifest.images:
+        size = (entry.height, entry.width)
+        batches = sample_batches(bundle, size) if calibration is None else _selected(bundle, size, calibration, images)
+        gate = gate_on(bundle, backend, batches, text_ND, report)
+        for precision, file in entry.files.items():
+            thresholds = _thresholds(bundle, precision, file)
+            if precision != "fp32":
+                runner = GraphRunner(onnx.load(bundle.path(file)), backend)
+                verdicts.append(_verdict(gate, runner, file, precision, thresholds, runner.name, report))
+            if isinstance(device, str):
+                continue
+            name = f"{precision} engine {size[0]}x{size[1]}"
+            try:
+                verdicts += _engine_verdicts(bundle, entry, precision, device, gate, thresholds, report)
+            except _NotBuiltError as error:
+                not_for_here[name] = str(error)
+            except TclkitError as error:  # an engine that should run here, and does not
+                problems[name] = error.message
+    if isinstance(device, str):
+        not_for_here["engines"] = device
+    return Verification(
+        bundle={"name": bundle.name, "created": bundle.manifest.created, "tclkit": bundle.manifest.tclkit_version},
+        machine=_machine(device),
+        images="sample scenes of tclkit" if calibration is None else f"{Path(calibration).name} ({images} asked for)",
+        verdicts=verdicts,
+        problems=problems,
+        not_for_here=not_for_here,
+    )
+
+
+class _NotBuiltError(Exception):
+    """No engine for this machine, for a reason that is no fault."""
+
+
+def _engine_verdicts(
+    bundle: Bundle,
+    entry: ImageEntry,
+    precision: str,
+    device: DeviceIdentity,
+    gate: Gate,
+    thresholds: GateThresholds,
+    report: Progress,
+) -> Iterator[Verdict]:
+    size = (entry.height, entry.width)
+    for graph, kind in (("image", precision), ("masks", "fp32")):
+        found = find_engine(bundle, graph=graph, precision=kind, size=size, device=device)
+        if isinstance(found, EngineMiss):
+            if found.reason == "damaged":
+                raise found.error()
+            raise _NotBuiltError(found.message)
+        if graph == "image":
+            name = found.path.name
+    with closing(engine_backend(bundle, precision, [size])) as backend:
+        yield _verdict(gate, backend, name, precision, thresholds, backend.reason, report)
+
+
+def _verdict(
+    gate: Gate, judged: Any, artefact: str, precision: str, thresholds: GateThresholds, ran_on: str, report: Progress
+) -> Verdict:
+    figures = gate.judge(judged, progress=lambda done: report(f"gate: {artefact}", done, gate.images))
+    return Verdict(artefact=artefact, precision=precision, figures=figures, thresholds=thresholds, ran_on=ran_on)
+
+
+def _thresholds(bundle: Bundle, precision: str, file: str) -> GateThresholds:
+    """Those the graph was built with, which bundle.json keeps; else the precision's."""
+    kept = bundle.manifest.checks.get(precision, {}).get(file, {}).get("thresholds")
+    return GateThresholds(**kept) if kept else THRESHOLDS[precision]
+
+
+def _selected(bundle: Bundle, size: tuple[int, int], calibration: str, images: int) -> list[Any]:
+    from tclkit.calib import select_images
+
+    chosen = select_images(
+        calibration,
+        size=size,
+        count=images,
+        held_back=0,
+        mean_rgb=bundle.manifest.preprocessing.mean,
+        patch_size=bundle.manifest.model.patch_size,
+        batch_size=1,
+    )
+    return list(chosen.calibration)
+
+
+def _device() -> DeviceIdentity | str:
+    """The device that engines would run on, or why there is none."""
+    try:
+        return current_device()
+    except BackendError as error:
+        return error.message
+
+
+def _machine(device: DeviceIdentity | str) -> dict[str, str]:
+    versions = []
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
+            continue
+    return {
+        "system": f"{platform.platform()}, Python {platform.python_version()}",
+        "packages": ", ".join(versions),
+        "device": str(device),
+    }
+
+
+def _silent(what: str, done: int, in_all: int) -> None:
+    """Progress for callers who want none."""

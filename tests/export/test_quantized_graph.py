@@ -1,0 +1,166 @@
+"""INT8 graphs: which layers, Q/DQ pairs as every runtime reads them, and balancing that is exact in float."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tclkit.export.graph_edit import element_types
+from tclkit.export.graph_rules import check_graph
+from tclkit.export.half_graph import half_graph
+from tclkit.export.layers import Layer, quantizable_layers
+from tclkit.export.quantized_graph import quantized_graph
+from tclkit.export.smoothing import input_channel_axis, smooth
+from tclkit.runtime.errors import ExportError
+
+from .precision_models import float_graph, run, sample_images, shipped_graph, with_outputs, with_weights
+
+
+@pytest.fixture(scope="module")
+def graph() -> onnx.ModelProto:
+    return shipped_graph()
+
+
+@pytest.fixture(scope="module")
+def layers(graph: onnx.ModelProto) -> list[Layer]:
+    return quantizable_layers(graph)
+
+
+def activations_of(graph: onnx.ModelProto, layers: list[Layer]) -> dict[str, np.ndarray]:
+    names = sorted({layer.activation for layer in layers})
+    return dict(zip(names, run(with_outputs(graph, names), {"image": sample_images()}, names), strict=True))
+
+
+def ranges_of(graph: onnx.ModelProto, layers: list[Layer]) -> dict[str, float]:
+    return {name: float(np.abs(values).max()) for name, values in activations_of(graph, layers).items()}
+
+
+def channel_maxima(graph: onnx.ModelProto, layers: list[Layer]) -> dict[str, np.ndarray]:
+    maxima, values = {}, activations_of(graph, layers)
+    for layer in layers:
+        axis = input_channel_axis(graph, layer) % values[layer.activation].ndim
+        others = tuple(i for i in range(values[layer.activation].ndim) if i != axis)
+        maxima[layer.activation] = np.abs(values[layer.activation]).max(others)
+    return maxima
+
+
+def mean_cosine(graph: onnx.ModelProto, other: onnx.ModelProto) -> float:
+    pairs = zip(*(run(one, {"image": sample_images()}) for one in (graph, other)), strict=True)
+    return min(float(np.einsum("bdhw,bdhw->bhw", a, b).mean()) for a, b in pairs)
+
+
+def test_layers_are_named_by_their_place_and_the_bytes_are_left_alone(layers: list[Layer]) -> None:
+    names = [layer.name for layer in layers]
+    assert len(names) == len(set(names)) == 3 * 4 + 2 * 3 + 4 + 2
+    assert {"trunk.0.attention.qkv", "trunk.2.mlp.down", "grounder.block.value_out", "kp.projection"} <= set(names)
+    assert not any("patches" in name for name in names)
+    assert Counter(layer.block for layer in layers)["trunk.1"] == 4
+    decoder = [layer for layer in layers if layer.is_decoder]
+    assert [layer.block for layer in decoder] == ["grounder.decoder.0"] * 2 + ["grounder.decoder.1"] * 2
+    # (C, C, 3, 3) on a grid of 64 x 64 for the last, and a quarter of it for the first
+    assert [layer.multiplications for layer in decoder] == [128 * 128 * 9 * 32 * 32] * 2 + [128 * 128 * 9 * 64 * 64] * 2
+
+
+def test_balancing_changes_nothing_in_float(graph: onnx.ModelProto, layers: list[Layer]) -> None:
+    smoothed = smooth(graph, layers, channel_maxima(graph, layers), strength=0.5)
+    check_graph(smoothed, where="smoothed")
+    for a, b in zip(*(run(one, {"image": sample_images()}) for one in (graph, smoothed)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    weights = {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer}
+    changed = {w.name for w in smoothed.graph.initializer if (numpy_helper.to_array(w) != weights.get(w.name)).any()}
+    assert {layer.weight for layer in layers} <= changed  # every layer was balanced
+    assert sum(node.op_type == "Mul" for node in smoothed.graph.node) == sum("gelu" in x.activation for x in layers)
+
+
+def test_outliers_ruin_plain_int8_and_balancing_saves_it(graph: onnx.ModelProto, layers: list[Layer]) -> None:
+    # One channel of a norm is made 200 times larger and its row of the next weight as much smaller: the same function.
+    layer = next(one for one in layers if one.name == "trunk.1.mlp.up")
+    weights = {w.name: numpy_helper.to_array(w).copy() for w in graph.graph.initializer}
+    maker = next(node for node in graph.graph.node if layer.activation in node.output)
+    scale, shift = (weights[name] for name in maker.input[1:3])
+    for values in (scale, shift):
+        values[7] *= 200
+    weights[layer.weight][7] /= 200
+    planted = with_weights(graph, {name: weights[name] for name in (*maker.input[1:3], layer.weight)})
+    assert mean_cosine(graph, planted) > 0.99999
+    plain = quantized_graph(planted, [layer], ranges_of(planted, layers))
+    smoothed = smooth(planted, [layer], channel_maxima(planted, layers))
+    balanced = quantized_graph(smoothed, [layer], ranges_of(smoothed, layers))
+    assert 1 - mean_cosine(graph, plain) > 20 * (1 - mean_cosine(graph, balanced))
+
+
+@pytest.mark.parametrize("halve", [False, True])
+def test_int8_of_everything_is_close_on_the_shipped_model(
+    graph: onnx.ModelProto, layers: list[Layer], halve: bool
+) -> None:
+    smoothed = smooth(graph, layers, channel_maxima(graph, layers))
+    quantized = quantized_graph(smoothed, layers, ranges_of(smoothed, layers))
+    made = half_graph(quantized) if halve else quantized
+    check_graph(made, where="int8")
+    assert mean_cosine(graph, made) > 0.999
+    assert made.ByteSize() < 0.33 * graph.ByteSize()
+
+
+def test_pairs_are_what_tensorrt_reads(graph: onnx.ModelProto, layers: list[Layer]) -> None:
+    made = half_graph(quantized_graph(graph, layers, ranges_of(graph, layers)))
+    weights = {w.name: w for w in made.graph.initializer}
+    types = element_types(made)
+    makers = {name: node for node in made.graph.node for name in node.output}
+    quantized = 0
+    for node in made.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert weights[node.input[2]].data_type == TensorProto.INT8
+            assert not numpy_helper.to_array(weights[node.input[2]]).any()
+            assert (numpy_helper.to_array(weights[node.input[1]]) > 0).all()
+        inputs = [makers.get(name) for name in node.input]
+        from_int8 = [maker is not None and maker.op_type == "DequantizeLinear" for maker in inputs]
+        if any(from_int8):
+            assert node.op_type in ("MatMul", "Conv", "Gemm")  # never an Add, a norm, or a softmax
+            assert all(from_int8[:2])
+            assert types[node.output[0]] == TensorProto.FLOAT16
+            quantized += 1
+    assert quantized == len(layers)
+    for layer in layers:
+        assert numpy_helper.to_array(weights[f"{layer.weight}.int8"]).min() >= -127
+        scales = weights[f"{layer.weight}.scales.half"].dims
+        assert list(scales) == [weights[f"{layer.weight}.int8"].dims[layer.channel_axis]]
+
+
+def test_scales_mean_the_same_in_half_precision(graph: onnx.ModelProto, layers: list[Layer]) -> None:
+    made = quantized_graph(graph, layers, ranges_of(graph, layers))
+    scales = [numpy_helper.to_array(w) for w in made.graph.initializer if w.name.endswith((".scale", ".scales"))]
+    assert len(scales) == len(layers) + len({layer.activation for layer in layers})
+    for values in scales:
+        np.testing.assert_array_equal(values, values.astype(np.float16).astype(np.float32))
+
+
+def test_one_activation_of_two_layers_is_quantised_once() -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "one"], ["a"]),
+        helper.make_node("MatMul", ["a", "w1"], ["p"]),
+        helper.make_node("MatMul", ["a", "w2"], ["q"]),
+        helper.make_node("Add", ["p", "q"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    w1, w2 = (rng.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
+    model = float_graph(nodes, {"one": np.ones(1, np.float32), "w1": w1, "w2": w2}, 4)
+    layers = quantizable_layers(model)
+    made = quantized_graph(model, layers, {"a": 2.0})
+    assert Counter(node.op_type for node in made.graph.node)["QuantizeLinear"] == 1
+    x = rng.uniform(-2, 2, (5, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(made, {"x": x})[0], x @ (w1 + w2), atol=0.1)
+
+
+@pytest.mark.parametrize("found", [None, np.nan, np.inf, -1.0])
+def test_a_layer_without_a_usable_range_is_refused(
+    graph: onnx.ModelProto, layers: list[Layer], found: float | None
+) -> None:
+    ranges = ranges_of(graph, layers)
+    if found is None:
+        del ranges[layers[3].activation]
+    else:
+        ranges[layers[3].activation] = found
+    with pytest.raises(ExportError, match=r"layer trunk\.0\.mlp\.down has no usable range .* --calibration"):
+        quantized_graph(graph, layers, ranges)
