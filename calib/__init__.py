@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
     from .evaluation import Evaluation, EvaluationSettings, Share, ViewResult, evaluate
     from .gallery import Extremes, find_extremes
-    from .histograms import entropy_limit, percentile_limit
+    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
     from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
     from .pictures import GalleryItem, draw_confusion, draw_gallery
     from .prepare import Prepared, prepare_labels
 
 __all__ = [
+    "RANGE_METHODS",
     "Benchmark",
     "CalibrationProgress",
     "CalibrationSet",
@@ -31,6 +32,7 @@ __all__ = [
     "GalleryItem",
     "ImageBatches",
     "Prepared",
+    "RangeMethod",
     "Scores",
     "Share",
     "ViewResult",
@@ -64,7 +66,7 @@ _HOMES = {
     "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),
     "evaluation": ("Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
     "gallery": ("Extremes", "find_extremes"),
-    "histograms": ("entropy_limit", "percentile_limit"),
+    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "percentile_limit"),
     "metrics": (
         "Scores",
         "confusion_from_labels",

@@ -28,33 +28,35 @@ _PREFIX = "tclkit_measured_"
 
 
 class Tensors:
-    """Types and shapes of the tensors that a graph's nodes produce, by ONNX shape inference.
+    """Types and shapes of a graph's tensors, by ONNX shape inference.
 
     Raises:
         InputError: the graph is not valid.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        weights = {weight.name for weight in model.graph.initializer}
+        self._inputs = [info.name for info in model.graph.input if info.name not in weights]
         self._produced = [name for node in model.graph.node for name in node.output if name]
         try:
             graph = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
         except Exception as error:  # onnx raises RuntimeError and its own, which share no base
             raise InputError(f"the graph is not valid ONNX: {_first_line(error)}") from error
-        infos = (*graph.value_info, *graph.output)
+        infos = (*graph.value_info, *graph.output, *graph.input)
         self._types = {info.name: info.type.tensor_type for info in infos if info.type.HasField("tensor_type")}
 
     def floats(self) -> list[str]:
-        """Tensors that are floats, and those whose type is not known, in the order of the graph; empty ones are not."""
+        """Tensors made by nodes that are floats or of unknown type, in the graph's order; empty ones are left out."""
         return [name for name in self._produced if self._may_be_float(name) and not self._is_empty(name)]
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse names that no node of the graph produces, or that are not floats, with an InputError."""
-        produced = set(self._produced)
+        """Refuse names of no input and of no node's output, and tensors that are not floats, with an InputError."""
+        activations = dict.fromkeys((*self._inputs, *self._produced))
         for name in names:
-            if name not in produced:
-                close = difflib.get_close_matches(name, self._produced, n=1)
+            if name not in activations:
+                close = difflib.get_close_matches(name, activations, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise InputError(f"no node of the graph produces a tensor {name!r}.{hint}", tensor=name)
+                raise InputError(f"the graph has no input or activation {name!r}.{hint}", tensor=name)
             if not self._may_be_float(name):
                 kind = TensorProto.DataType.Name(self._types[name].elem_type)
                 raise InputError(f"tensor {name!r} holds {kind}; only floats have a range", tensor=name)

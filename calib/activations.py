@@ -2,9 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 from tclkit.runtime.errors import InputError
 
 from ._measured_graph import Batch, Measurement, Tensors
-from .histograms import LEVELS, entropy_limit, percentile_limit
+from .histograms import LEVELS, RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
 from .ranges_cache import Values, remembered
 
 logger = logging.getLogger(__name__)
 
-RangeMethod = Literal["entropy", "minmax", "percentile"]
-RANGE_METHODS: tuple[str, ...] = get_args(RangeMethod)
 RangeProgress = Callable[[str, int, int], None]
 """Called as progress(what_is_done, images_done, images_in_all); images_in_all is 0 where it is not known."""
 
@@ -43,7 +41,7 @@ def absolute_maxima(
 
     Args:
         model: an ONNX graph; it is not changed.
-        tensors: names of float tensors that nodes of the graph produce.
+        tensors: names of float tensors: inputs of the graph, or what its nodes produce.
         batches: (B, ...) arrays for the graph's one input, or mappings from input names to arrays. Arrays are run one
             image at a time unless the graph's batch is fixed.
         channel_axis: the axis to keep, for the tensors to measure by channel; negative ones count from the end.
@@ -55,7 +53,7 @@ def absolute_maxima(
         By tensor, float32: a 0-d array, or (channels,). Infinities and NaN of the graph show as such.
 
     Raises:
-        InputError: a tensor is not produced by the graph or no float, an axis it does not have, no batch at all, or
+        InputError: a tensor that is not in the graph, a weight, or no float; an axis it does not have; no batch; or
             batches that do not fit the graph.
         BackendError: ONNX Runtime cannot load the graph.
     """
@@ -94,7 +92,7 @@ def float_tensor_maxima(
 def activation_ranges(
     model: onnx.ModelProto,
     tensors: Sequence[str],
-    batches: Collection[Batch] | Iterable[Batch],
+    batches: Iterable[Batch],
     *,
     method: RangeMethod = "entropy",
     percentile: float = 99.99,
@@ -111,7 +109,7 @@ def activation_ranges(
 
     Args:
         model: an ONNX graph; it is not changed.
-        tensors: names of float tensors that nodes of the graph produce.
+        tensors: names of float tensors: inputs of the graph, or what its nodes produce.
         batches: as for `absolute_maxima`, and to be iterated more than once: a list or a `CalibrationSet.calibration`.
         method: "entropy", "minmax" or "percentile".
         percentile: in (0, 100]; of all values of a tensor, so many % lie within its range.
@@ -267,6 +265,8 @@ def _folded(name: str, signed: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _limit(counts: NDArray[np.int64], maximum: float, method: str, percentile: float, bins: int) -> float:
     step = maximum / _FINE_STEPS
+    if method == "percentile" and percentile == 100:
+        return maximum
     if method == "percentile":
         # The count of a step holds the values half a step around it.
         limit = percentile_limit(counts, step, percentile) - step / 2

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CalibrationProgress = Callable[[str, int, int], None]
 """Called as progress(what_is_done, images_done, images_in_all)."""
 
-CLIP_MEAN = (123.675, 116.28, 103.53)
+DEFAULT_MEAN_RGB = (123.675, 116.28, 103.53)
 DEFAULT_COUNT = 256
 DEFAULT_HELD_BACK = 16
 MIN_CALIBRATION_IMAGES = 2
@@ -49,8 +49,7 @@ class ImageBatches:
     """
 
     def __init__(self, store: "_ImageStore", places: Sequence[int], batch_size: int) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size should be 1 or more, found {batch_size}")
+        _check_batch_size(batch_size)
         self._store, self._places, self.batch_size = store, tuple(places), batch_size
 
     @property
@@ -101,7 +100,7 @@ def select_images(
     held_back: int = DEFAULT_HELD_BACK,
     seed: int = 0,
     fit: str = "whole",
-    mean_rgb: tuple[float, float, float] = CLIP_MEAN,
+    mean_rgb: tuple[float, float, float] = DEFAULT_MEAN_RGB,
     patch_size: int = 16,
     batch_size: int = 8,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -134,6 +133,7 @@ def select_images(
             calibrate with (and 1 to hold back) are left; or an argument is out of range.
     """
     _check_arguments(size, count, held_back, fit)
+    _check_batch_size(batch_size)
     wanted = count + held_back
     opened = open_source(source, wanted=wanted, seed=seed, max_pixels=max_pixels)
     chooser = _Chooser(size=size, fit=fit, mean_rgb=mean_rgb, patch_size=patch_size)
@@ -178,6 +178,11 @@ def _check_arguments(size: tuple[int, int], count: int, held_back: int, fit: str
         raise InputError(f"held_back should be 0 or more, found {held_back}")
     if fit not in ("whole", "stretch"):
         raise InputError(f"calibration images are fitted 'whole' or 'stretch', found {fit!r}", fit=fit)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size should be 1 or more, found {batch_size}")
 
 
 class _ImageStore:

@@ -1,15 +1,20 @@
 """Where to cut a distribution of magnitudes before it is squeezed into 8 bits: by entropy or by percentile."""
 
+import math
+from typing import Literal, get_args
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tclkit.runtime.errors import InputError
 
+RangeMethod = Literal["entropy", "minmax", "percentile"]
+RANGE_METHODS: tuple[str, ...] = get_args(RangeMethod)
 LEVELS = 128  # magnitudes of a symmetric 8-bit number
 
 
 def percentile_limit(counts: NDArray[np.int64], width: float, percentile: float) -> float:
-    """The magnitude below which `percentile` % of the values lie, linear within a bin.
+    """The magnitude below which `percentile` % of the values lie: numpy's percentile, to within a bin.
 
     Args:
         counts: (bins,) values in [k * width, (k + 1) * width).
@@ -23,10 +28,15 @@ def percentile_limit(counts: NDArray[np.int64], width: float, percentile: float)
         raise InputError(f"percentile should be in (0, 100], found {percentile}")
     total = _total(counts)
     below = np.concatenate([[0], np.cumsum(counts)])  # values below each edge
-    target = total * percentile / 100
-    edge = int(np.searchsorted(below, target))  # first edge with enough values below it
-    inside = (target - below[edge - 1]) / counts[edge - 1]
-    return float((edge - 1 + inside) * width)
+    rank = (total - 1) * percentile / 100
+    lower, upper = (_ordered_value(counts, below, place) for place in (math.floor(rank), math.ceil(rank)))
+    return (lower + (upper - lower) * (rank - math.floor(rank))) * width
+
+
+def _ordered_value(counts: NDArray[np.int64], below: NDArray[np.int64], place: int) -> float:
+    """The value at a place in ascending order, in bins; values of one bin are taken to be spread evenly."""
+    index = int(np.searchsorted(below, place, side="right")) - 1
+    return float(index + (place - below[index] + 0.5) / counts[index])
 
 
 def entropy_limit(counts: NDArray[np.int64], width: float) -> float:
@@ -48,8 +58,9 @@ def entropy_limit(counts: NDArray[np.int64], width: float) -> float:
 
     Source: S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (TensorRT's entropy calibrator). The first bin gets the
     count of the second, as in NVIDIA's pytorch-quantization (calib/histogram.py): zeros are exact at any scale, and
-    those of an activation function would outweigh the rest. A cut that would leave the last bin without a level while
-    values beyond it are added there has an infinite divergence.
+    those of an activation function would outweigh the rest. The slides leave open what happens at a cut whose last bin
+    is empty in Q but gets the values beyond it in P (an infinite divergence, so that a range could never end in the gap
+    before an outlier): here that bin counts as one value in Q.
     """
     if counts.size < LEVELS:
         raise InputError(f"entropy needs {LEVELS} bins or more, found {counts.size}")
@@ -73,17 +84,18 @@ def _best_cut(values: NDArray[np.float64]) -> int:
     kept = mass_below[cuts]
     last = values[cuts - 1]
     beyond = total - kept
-    level_mass = np.diff(mass_below[edges])  # (cuts, levels)
-    level_filled = np.diff(filled_below[edges])
+    p_mass = np.diff(mass_below[edges])  # (cuts, levels), without what lies beyond
+    q_mass, q_filled = p_mass.copy(), np.diff(filled_below[edges])
+    stand_in = (last <= 0) & (beyond > 0)
+    q_mass[:, -1] += stand_in
+    q_filled[:, -1] += stand_in
     # Each filled bin of a level gets the level's mean mass.
-    log_mean = np.log(np.divide(level_mass, level_filled, out=np.ones_like(level_mass), where=level_mass > 0))
+    log_mean = np.log(np.divide(q_mass, q_filled, out=np.ones_like(q_mass), where=q_filled > 0))
     p_log_p = plogp_below[cuts] - _xlogx(last) + _xlogx(last + beyond)
-    p_log_q = (level_mass * log_mean).sum(axis=1) + beyond * log_mean[:, -1]
-    with np.errstate(divide="ignore"):
-        log_kept = np.log(kept)
-    # sum P log(P / Q) with P = p / total and Q = q / kept
-    divergence = (p_log_p - p_log_q) / total - np.log(total) + log_kept
-    divergence[(kept <= 0) | ((last <= 0) & (beyond > 0))] = np.inf
+    p_log_q = (p_mass * log_mean).sum(axis=1) + beyond * log_mean[:, -1]
+    # sum P log(P / Q) with P = p / total and Q = q / (kept + stand_in)
+    divergence = (p_log_p - p_log_q) / total - np.log(total) + np.log(np.maximum(kept + stand_in, 1))
+    divergence[kept <= 0] = np.inf
     widest_best = cuts.size - 1 - int(np.argmin(divergence[::-1]))
     return int(cuts[widest_best])
 

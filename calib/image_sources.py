@@ -4,6 +4,7 @@ A source offers candidates in an order that depends on the seed and on the image
 which the file system lists them. Nothing is decoded here but the frames of a video, which have to be read in a row.
 """
 
+import functools
 import glob
 import hashlib
 import heapq
@@ -103,6 +104,8 @@ def open_source(source: str | Path, *, wanted: int, seed: int = 0, max_pixels: i
         InputError: there is no such source, it is of no known kind, or nothing in it looks like an image.
     """
     text = os.fspath(source)
+    if text.startswith("~/"):  # no shell has seen a quoted glob
+        text = str(Path(text).expanduser())
     if not text.strip():
         raise InputError(f"no calibration images are named. {REMEDY}")
     opener = _Opener(text, wanted, seed, max_pixels)
@@ -266,7 +269,9 @@ class _Opener:
                     problems.append(f"{path.name}: says it has more frames, but ends after {position}")
                     return
                 name = f"{path.name}: frame {place}"
-                yield Candidate(name=name, rank=self._rank(f"frame {place}"), read=lambda: _frame(capture, name))  # noqa: B023
+                yield Candidate(
+                    name=name, rank=self._rank(f"frame {place}"), read=functools.partial(_frame, capture, name)
+                )
         finally:
             capture.release()
 
@@ -330,6 +335,8 @@ def _image_members(path: Path, problems: list[str]) -> Iterator[tuple[str, int, 
                 tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
                 if member.isreg() and not member.issparse() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
                     yield member.name, member.offset_data, member.size
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror or error}")
     except Exception as error:  # tarfile raises all sorts of errors on damaged headers
         problems.append(f"{path.name} is no tar file, or a damaged one: {_printable(str(error))}")
 

@@ -77,6 +77,9 @@ class WorkDisplay(Protocol):
     def step(self, what: str, done: int, total: int) -> None:
         """Show which step begins, after how many of all."""
 
+    def phase(self, what: str, done: int, total: int) -> None:
+        """Show how far a phase has come; what stands before ": " in `what` names it."""
+
 
 def _bars(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
     """Rich progress on stderr that leaves stdout alone, whatever it is connected to."""
@@ -120,6 +123,9 @@ class _WorkBars:
     def step(self, what: str, done: int, total: int) -> None:
         self._update("steps", what, done, total, f"{done}/{total}")
 
+    def phase(self, what: str, done: int, total: int) -> None:
+        self._update(what.partition(": ")[0], what, done, total, f"{done}/{total}")
+
     def _update(self, key: str, description: str, done: int, total: int | None, amount: str) -> None:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(description, total=total, amount=amount)
@@ -138,6 +144,12 @@ class _WorkLines:
 
     def step(self, what: str, done: int, total: int) -> None:
         say(f"[{done}/{total}] {what}")
+
+    def phase(self, what: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if done == total or now_s - self._last_s >= _LINE_EVERY_S:
+            self._last_s = now_s
+            say(f"{what} {done}/{total}")
 
 
 def _bytes_text(done_bytes: int, total_bytes: int | None) -> str:

@@ -73,6 +73,20 @@ ClipOption = Annotated[
         help="CLIP's weights, for a checkpoint that holds only what was learned: a file, or open_clip's name of them.",
     ),
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="IMAGES",
+        help="Images of the kind the robot will see: a folder, quoted glob, video, .tar shards, or a list of paths.",
+    ),
+]
+PromptsFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help="What to ask for when judging, one prompt a line. Default: a built-in list."
+    ),
+]
 SizeOption = Annotated[
     list[str] | None,
     typer.Option(

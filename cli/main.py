@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._console import DebugOption, reported_errors
+from .build_engine import build_engine
 from .demo import demo
 from .embed import embed
 from .export import export
@@ -14,6 +15,7 @@ from .info import info, version_text
 from .pull import pull
 from .segment import segment
 from .train import train
+from .verify import verify
 
 _HELP = """Name things in words, get their pixels.
 
@@ -58,6 +60,7 @@ def _make_app() -> typer.Typer:
     for panel, commands in {
         "Look": (demo, segment),
         "Get or make a model": (pull, export, train),
+        "Compile it": (build_engine, verify),
         "Around it": (embed, info),
     }.items():
         for command in commands:

@@ -6,9 +6,10 @@ as a whole. A bundle that ships inside the package is copied to the models folde
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from tclkit import runtime
 from tclkit.runtime.bundle import MANIFEST_NAME, Bundle, open_bundle, write_manifest
+from tclkit.runtime.engines import current_device
 from tclkit.runtime.errors import BundleError, ConfigError, InputError
-from tclkit.runtime.files import atomic_file, models_folder
+from tclkit.runtime.files import atomic_file, cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.tensorrt_backend import TensorRTBackend
@@ -146,9 +148,9 @@ def build_engine(
                 if graph is not None:
                     _note(folder, verdict, graph.describe() | {"images": dict(work.description)})
         if not config.prepare_only and missing is None:
-            staged = open_bundle(folder, verify=False)
+            staged, options = open_bundle(folder, verify=False), _with_timing_cache(config.engine)
             for work in works:
-                engines += build_engines(staged, work.size, config.precision, config.engine, progress=report)
+                engines += build_engines(staged, work.size, config.precision, options, progress=report)
             with closing(engine_backend(staged, config.precision, [work.size for work in works])) as backend:
                 verdicts += [work.judge_engine(backend, engines) for work in works]
         remove_outdated_engines(open_bundle(folder, verify=False))
@@ -250,7 +252,7 @@ class _SizeWork:
 
     def _verdict(self, judged: Judged, artefact: str, ran_on: str) -> Verdict:
         def done(count: int) -> None:
-            self._report(f"gate: {artefact}", count, self._gate.images)
+            self._report(f"gate of {artefact}", count, self._gate.images)
 
         precision = self._config.precision
         figures = self._gate.judge(judged, progress=done)
@@ -258,6 +260,16 @@ class _SizeWork:
         return Verdict(
             artefact=artefact, precision=precision, figures=figures, thresholds=self._thresholds, ran_on=ran_on
         )
+
+
+def _with_timing_cache(options: EngineOptions) -> EngineOptions:
+    """The options with a timing cache of this very device, unless one is named."""
+    if options.timing_cache is not None:
+        return options
+    device = current_device()
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.device_name}-sm{device.compute_capability}")
+    path = cache_folder() / "timing" / f"{name}-trt{device.tensorrt_version}.cache"
+    return replace(options, timing_cache=path)
 
 
 def _target(source: Bundle, output: str | Path | None) -> Path:

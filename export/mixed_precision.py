@@ -58,7 +58,7 @@ def choose_layers(
     def measured(what: str, choice: Sequence[Layer]) -> GateFigures:
         nonlocal done
         if progress:
-            progress(what, done, in_all)
+            progress(f"INT8 search: {what}", done, in_all)
         done += 1
         return judge(choice)
 
@@ -72,7 +72,7 @@ def choose_layers(
 
     def passes(chosen: Sequence[BlockSensitivity]) -> bool:
         choice = [layer for one in chosen for layer in one.layers]
-        return not measured(f"INT8 in {len(chosen)} of {len(order)} blocks", choice).failures(thresholds)
+        return not measured(f"{len(chosen)} of {len(order)} blocks", choice).failures(thresholds)
 
     count = _longest_passing_prefix(order, passes)
     chosen = order[:count]
@@ -81,7 +81,7 @@ def choose_layers(
             chosen = [*chosen, one]
     names = {one.block for one in chosen}
     if progress:
-        progress("done", in_all, in_all)
+        progress("INT8 search: done", in_all, in_all)
     sensitivities = [
         BlockSensitivity(block=o.block, layers=o.layers, loss=o.loss, share=o.share, chosen=o.block in names)
         for o in order

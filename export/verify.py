@@ -17,11 +17,11 @@ import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine
-from tclkit.runtime.errors import BackendError, TclkitError
+from tclkit.runtime.errors import TclkitError
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
-from .engine_build import engine_backend
+from .engine_build import engine_backend, missing_for_engines
 from .gate_inputs import embedded_prompts, gate_on, sample_batches
 from .gates import THRESHOLDS, Gate, GateThresholds, Verdict
 from .graph_runner import GraphRunner
@@ -180,7 +180,7 @@ def _engine_verdicts(
 def _verdict(
     gate: Gate, judged: Any, artefact: str, precision: str, thresholds: GateThresholds, ran_on: str, report: Progress
 ) -> Verdict:
-    figures = gate.judge(judged, progress=lambda done: report(f"gate: {artefact}", done, gate.images))
+    figures = gate.judge(judged, progress=lambda done: report(f"gate of {artefact}", done, gate.images))
     return Verdict(artefact=artefact, precision=precision, figures=figures, thresholds=thresholds, ran_on=ran_on)
 
 
@@ -207,10 +207,8 @@ def _selected(bundle: Bundle, size: tuple[int, int], calibration: str, images: i
 
 def _device() -> DeviceIdentity | str:
     """The device that engines would run on, or why there is none."""
-    try:
-        return current_device()
-    except BackendError as error:
-        return error.message
+    missing = missing_for_engines()
+    return current_device() if missing is None else missing
 
 
 def _machine(device: DeviceIdentity | str) -> dict[str, str]:

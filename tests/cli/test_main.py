@@ -18,6 +18,11 @@ OPTIONS = {
     "--no-background --pamr --kp --fit --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --debug",
+    "build-engine": "--model -m --fp16 --int8 --fp32 --calibration --calibration-images --seed --decoder-only --auto "
+    "--ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine --size --max-batch "
+    "--max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla --prepare-only "
+    "--output -o --json --debug",
+    "verify": "model --calibration --images --prompts --report --json --debug",
     "train": "--config -c --output -o --set --resume --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",

@@ -82,4 +82,4 @@ def test_progress_counts_every_measurement_and_never_more_than_it_said() -> None
     assert [done for _, done, _ in seen[:-1]] == list(range(len(calls)))
     assert len(calls) <= seen[0][2]
     assert seen[-1][1] == seen[-1][2]
-    assert seen[0][0] == "sensitivity of trunk.0"
+    assert seen[0][0] == "INT8 search: sensitivity of trunk.0"

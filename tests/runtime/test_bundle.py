@@ -271,8 +271,7 @@ def test_write_manifest_records_every_file_and_seals(folder: Path) -> None:
     (folder / "engines" / "a.engine").write_bytes(b"abc")
     written = write_manifest(folder, raw_manifest(folder) | {"files": {}, "kp_w": 0.25})
     assert open_bundle(folder).manifest == written
-    assert set(written.files) == {*FILES[1:], "engines/a.engine"}
-    assert written.files["engines/a.engine"].size_bytes == 3
+    assert set(written.files) == set(FILES[1:])  # engines belong to one device, and the bundle travels
     text = (folder / "bundle.json").read_text(encoding="utf-8").replace("0.25", "0.75")
     (folder / "bundle.json").write_text(text, encoding="utf-8")
     with pytest.raises(BundleError, match=r"bundle\.json is damaged: expected SHA-256"):

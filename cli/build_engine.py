@@ -1,0 +1,214 @@
+"""`tclkit build-engine`: graphs in FP16 or INT8, and TensorRT engines of them, past the gate or not at all."""
+
+import shlex
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ._console import DebugOption, print_json, printer, require_extra, say, size_text, table
+from ._progress import work_display
+from ._settings import (
+    DEFAULT_MODEL,
+    CalibrationOption,
+    JsonOption,
+    ModelOption,
+    PromptsFileOption,
+    fraction,
+)
+from ._verdicts import show_verdicts
+from .export import parse_sizes
+
+if TYPE_CHECKING:
+    from tclkit.export.build import BuildResult
+    from tclkit.export.gates import GateThresholds
+
+EXIT_NO_TENSORRT = 3
+
+
+class RangeMethod(str, Enum):
+    """Values of --ranges."""
+
+    ENTROPY = "entropy"
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+
+
+def build_engine(
+    model: ModelOption = DEFAULT_MODEL,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8 bits where it pays, half precision elsewhere; needs --calibration.")
+    ] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Engines in single precision.")] = False,
+    calibration: CalibrationOption = None,
+    calibration_images: Annotated[
+        int, typer.Option("--calibration-images", metavar="N", min=2, help="How many of them to calibrate on.")
+    ] = 256,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Another seed chooses other images.")] = 0,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="INT8 in the decoder only, where most work and least risk is.")
+    ] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Search for the most INT8 that passes the gate, block by block.")
+    ] = False,
+    ranges: Annotated[
+        RangeMethod, typer.Option("--ranges", metavar="METHOD", help="entropy, minmax or percentile.")
+    ] = RangeMethod.ENTROPY,
+    smoothing: Annotated[
+        float | None,
+        typer.Option(
+            "--smoothing",
+            metavar="A",
+            callback=fraction,
+            help="Strength of SmoothQuant from 0 to 1 (0.5).",
+        ),
+    ] = None,
+    no_smoothing: Annotated[bool, typer.Option("--no-smoothing", help="Leave SmoothQuant out.")] = False,
+    prompts: PromptsFileOption = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement", metavar="X", callback=fraction, help="Least share of mask cells with the same label."
+        ),
+    ] = None,
+    min_iou: Annotated[
+        float | None, typer.Option("--min-iou", metavar="X", callback=fraction, help="Least mean IoU of the masks.")
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", metavar="X", callback=fraction, help="Least cosine of the features.")
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", metavar="HxW", help="Image size to build, repeatable. Default: all the bundle has."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", min=1, help="Images at once.")] = 8,
+    max_prompts: Annotated[int, typer.Option("--max-prompts", metavar="N", min=1, help="Prompts at once.")] = 256,
+    workspace: Annotated[
+        int | None,
+        typer.Option("--workspace", metavar="MB", min=1, help="Scratch memory. Default: what the device has."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="FILE", help="What TensorRT measured before. Default: one a device."),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on, and slower.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For later versions of TensorRT too, and slower.")
+    ] = False,
+    dla: Annotated[bool, typer.Option("--dla", help="On the deep-learning accelerator of Orin and Xavier.")] = False,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Write and judge the graphs, build no engine (needs no TensorRT).")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the result. Default: the bundle itself."),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a model for this device, and refuse what differs too much from the original.
+
+    Without TensorRT the graphs are prepared and judged, and the exit code is 3: copy the bundle to the device and run
+    the same command there.
+    """
+    precision = _precision(fp16=fp16, int8=int8, fp32=fp32)
+    if decoder_only and auto:
+        raise typer.BadParameter("choose one of the two", param_hint="--decoder-only / --auto")
+    if no_smoothing and smoothing is not None:
+        raise typer.BadParameter("choose one of the two", param_hint="--smoothing / --no-smoothing")
+    wanted = parse_sizes(sizes)
+    require_extra("build", "onnx")
+    from tclkit.export.build import BuildConfig
+    from tclkit.export.build import build_engine as build
+    from tclkit.export.engine_builder import EngineOptions
+    from tclkit.export.gate_inputs import prompts_from_file
+
+    config = BuildConfig(
+        precision=precision,
+        tier="auto" if auto else "decoder-only" if decoder_only else "all",
+        calibration=calibration,
+        calibration_images=calibration_images,
+        seed=seed,
+        range_method=ranges.value,
+        smoothing=None if no_smoothing else 0.5 if smoothing is None else smoothing,
+        sizes=tuple(wanted) if wanted else None,
+        prompts=prompts_from_file(prompts) if prompts else None,
+        thresholds=_thresholds(precision, min_agreement, min_iou, min_cosine),
+        prepare_only=prepare_only,
+        engine=EngineOptions(
+            max_batch=max_batch,
+            max_prompts=max_prompts,
+            workspace_mb=workspace,
+            timing_cache=timing_cache,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            dla=dla,
+        ),
+    )
+    with work_display() as display:
+        result = build(model, config, output=output, progress=display.phase)
+    if as_json:
+        print_json(_document(result))
+    else:
+        _show(result)
+    if result.missing is not None:
+        say(f"no engine was built: {result.missing}. Copy {result.bundle} to the device and run the same command there")
+        raise typer.Exit(EXIT_NO_TENSORRT)
+
+
+def _precision(*, fp16: bool, int8: bool, fp32: bool) -> Literal["fp32", "fp16", "int8"]:
+    if fp16 + int8 + fp32 != 1:
+        raise typer.BadParameter("choose one of the three", param_hint="--fp16 / --int8 / --fp32")
+    return "fp16" if fp16 else "int8" if int8 else "fp32"
+
+
+def _thresholds(
+    precision: str, agreement: float | None, iou: float | None, cosine: float | None
+) -> "GateThresholds | None":
+    from tclkit.export.gates import THRESHOLDS, GateThresholds
+
+    usual = THRESHOLDS[precision]
+    return GateThresholds(
+        label_agreement=usual.label_agreement if agreement is None else agreement,
+        mask_iou=usual.mask_iou if iou is None else iou,
+        features_cosine=usual.features_cosine if cosine is None else cosine,
+    )
+
+
+def _show(result: "BuildResult") -> None:
+    if result.verdicts:
+        show_verdicts(result.verdicts, title="Against the float32 graph")
+    for graph in result.graphs:
+        if graph.wide:
+            say(f"kept in float32, too large for half precision: {', '.join(one.node for one in graph.wide)}")
+        if graph.config.precision == "int8":
+            say(f"INT8     {len(graph.layers)} layers, {graph.int8_share:.0%} of the multiplications")
+        if graph.sensitivities:
+            _show_search(graph.sensitivities)
+    for build in result.engines:
+        say(f"engine   {build.file} ({size_text(build.record.size_bytes)}, {build.record.build_s:.0f} s)")
+    if result.verdicts:
+        say(f"bundle   {result.bundle}")
+        say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}")
+
+
+def _show_search(sensitivities: Any) -> None:
+    shown = table("block", "loss alone", "share of work", "precision", right=("loss alone", "share of work"))
+    for one in sensitivities:
+        shown.add_row(one.block, f"{one.loss:.1e}", f"{one.share:.1%}", "INT8" if one.chosen else "FP16")
+    printer().print(shown)
+
+
+def _document(result: "BuildResult") -> dict[str, Any]:
+    return {
+        "bundle": str(result.bundle),
+        "verdicts": [asdict(verdict) | {"passed": verdict.passed} for verdict in result.verdicts],
+        "graphs": [graph.describe() for graph in result.graphs],
+        "engines": [asdict(build) for build in result.engines],
+        "missing": result.missing,
+    }
