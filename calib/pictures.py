@@ -55,7 +55,8 @@ def draw_confusion(counts: Counts, classes: Sequence[str], *, title: str = "") -
     names = [printable_text(classes[index], font) for index in seen]
     wide = math.ceil(max((font.getlength(name) for name in names), default=0)) + 2 * _MARGIN_PX
     absent = count - len(seen)
-    heading = [title, "rows: truth, columns: prediction" + (f"; {absent} classes do not occur" if absent else "")]
+    note = f"; left out for not occurring: {absent}" if absent else ""
+    heading = [title, f"rows: truth, columns: prediction{note}"]
     top = _MARGIN_PX + 20 * len(heading) + wide
     side = cell * len(seen)
     width = max(
