@@ -132,7 +132,7 @@ def select_images(
         InputError: the source is missing, of no known kind, empty or wholly unreadable; fewer than 2 images to
             calibrate with (and 1 to hold back) are left; or an argument is out of range.
     """
-    _check_arguments(size, count, held_back, fit)
+    _check_arguments(size, count, held_back, seed, fit)
     _check_batch_size(batch_size)
     wanted = count + held_back
     opened = open_source(source, wanted=wanted, seed=seed, max_pixels=max_pixels)
@@ -169,13 +169,15 @@ def select_images(
     )
 
 
-def _check_arguments(size: tuple[int, int], count: int, held_back: int, fit: str) -> None:
+def _check_arguments(size: tuple[int, int], count: int, held_back: int, seed: int, fit: str) -> None:
     if len(size) != 2 or min(size) < 1:
         raise InputError(f"size should be the graph's (height, width) in pixels, found {size}")
     if count < MIN_CALIBRATION_IMAGES:
         raise InputError(f"calibration takes {MIN_CALIBRATION_IMAGES} images or more, found count {count}; try 256")
     if held_back < 0:
         raise InputError(f"held_back should be 0 or more, found {held_back}")
+    if seed < 0:
+        raise InputError(f"seed should be 0 or more, found {seed}")
     if fit not in ("whole", "stretch"):
         raise InputError(f"calibration images are fitted 'whole' or 'stretch', found {fit!r}", fit=fit)
 

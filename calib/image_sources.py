@@ -309,7 +309,7 @@ def spread_frames(frames: int, count: int, seed: int) -> list[int]:
 
 
 def _images_below(folder: Path, problems: list[str], others: set[str]) -> Iterator[str]:
-    """Names of images, relative to the folder, with forward slashes; hidden ones and tclkit's overlays are left out."""
+    """Names of images, relative to the folder, with forward slashes; all endings met are put into `others`."""
 
     def report(error: OSError) -> None:
         problems.append(f"{error.filename} cannot be read: {error.strerror}")
@@ -317,11 +317,16 @@ def _images_below(folder: Path, problems: list[str], others: set[str]) -> Iterat
     for root, folders, files in os.walk(folder, onerror=report):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            suffix = Path(name).suffix.lower()
-            if suffix not in IMAGE_SUFFIXES:
-                others.add(suffix)
-            elif not name.startswith(".") and not name.endswith(_OVERLAY_ENDING):
+            others.add(Path(name).suffix.lower())
+            if _is_image_name(name):
                 yield Path(root, name).relative_to(folder).as_posix()
+
+
+def _is_image_name(name: str) -> bool:
+    """Hidden files, as macOS leaves them beside images, and tclkit's own overlays are none."""
+    return (
+        Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and not name.endswith(_OVERLAY_ENDING)
+    )
 
 
 def _image_members(path: Path, problems: list[str]) -> Iterator[tuple[str, int, int]]:
@@ -333,7 +338,7 @@ def _image_members(path: Path, problems: list[str]) -> Iterator[tuple[str, int, 
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
-                if member.isreg() and not member.issparse() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
+                if member.isreg() and not member.issparse() and _is_image_name(Path(member.name).name):
                     yield member.name, member.offset_data, member.size
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error.strerror or error}")

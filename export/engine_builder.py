@@ -208,18 +208,19 @@ class _Build:
         self.trt = _imported("tensorrt", "it comes with JetPack; on a server: pip install tensorrt")
         self.polygraphy = _imported("polygraphy.backend.trt", 'pip install "tclkit[build]"')
         self.said: list[str] = []
+        self.callbacks: Any = None  # TensorRT calls them until the engine is built
 
     def run(self) -> bytes:
         with _polygraphys_log(self.said):
             builder, network = self._attempt("start", lambda: self.polygraphy.create_network(strongly_typed=True))
-            self._parse(network)
+            parser = self._parse(network)  # kept until the engine is built: it owns the weights
             self._compare_inputs(network)
             config = self._attempt("configure the build", lambda: self._config(builder, network))
             if self.options.timing_cache is not None:
                 _load_timing_cache(config, self.options.timing_cache)
             plan = self._attempt(
                 "build the engine",
-                lambda: self.polygraphy.engine_bytes_from_network((builder, network), config=config),
+                lambda: self.polygraphy.engine_bytes_from_network((builder, network, parser), config=config),
             )
             if self.options.timing_cache is not None:
                 _save_timing_cache(config, self.options.timing_cache)
@@ -250,11 +251,11 @@ class _Build:
                 remedies.append(f"to leave out {name}")
         return f"Try {', '.join(remedies)}"
 
-    def _parse(self, network: Any) -> None:
-        logger = importlib.import_module("polygraphy.backend.trt").get_trt_logger()
-        parser = self.trt.OnnxParser(network, logger)
+    def _parse(self, network: Any) -> Any:
+        """The parser, after it filled the network."""
+        parser = self.trt.OnnxParser(network, self.polygraphy.get_trt_logger())
         if parser.parse(self.onnx_bytes):
-            return
+            return parser
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         told = "; ".join(_error_text(error) for error in errors[:_ERRORS_TOLD]) or "no reason given"
         more = f" (and {len(errors) - _ERRORS_TOLD} more)" if len(errors) > _ERRORS_TOLD else ""
@@ -279,6 +280,7 @@ class _Build:
         shapes = self.polygraphy.Profile()
         for name, (low, usual, high) in self.profile.items():
             shapes.add(name, low, usual, high)
+        self.callbacks = _tensorrts_monitor(trt, self.monitor)
         level = trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None
         pools = None if options.workspace_mb is None else {trt.MemoryPoolType.WORKSPACE: options.workspace_mb << 20}
         config = self.polygraphy.CreateConfig(
@@ -287,7 +289,7 @@ class _Build:
             memory_pool_limits=pools,
             hardware_compatibility_level=level,
             version_compatible=options.version_compatible,
-            progress_monitor=_tensorrts_monitor(trt, self.monitor),
+            progress_monitor=self.callbacks,
         )(builder, network)
         if options.dla:
             _use_dla(trt, builder, config)

@@ -146,6 +146,16 @@ def test_profiles_that_do_not_fit_the_network(tensorrt_simulator: Install, profi
     assert message in simulator.errors()[-1]
 
 
+def test_the_parser_outlives_the_build(tensorrt_simulator: Install) -> None:
+    """It owns the weights: TensorRT would read memory that is gone."""
+    simulator = tensorrt_simulator()
+    builder, network, parser = parsed(simulator, DOUBLED)
+    del parser
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is None
+    assert simulator.faults == ["a network is built after its parser, which owns the weights, is gone"]
+    simulator.faults.clear()
+
+
 def test_shapes_of_a_profile_grow(tensorrt_simulator: Install) -> None:
     profile = builder_of(tensorrt_simulator()).create_optimization_profile()
     with pytest.raises(ValueError, match="inconsistent"):
@@ -258,6 +268,7 @@ def test_a_parser_error_says_where(tensorrt_simulator: Install) -> None:
     _, _, parser = parsed(simulator, onnx_bytes)
     error = parser.get_error(0)
     assert (error.node(), error.node_name(), error.node_operator()) == (1, "determinant", "Det")
+    assert parser.num_errors == 1
     assert error.code() == simulator.tensorrt.ErrorCode.UNSUPPORTED_NODE
     assert "In node 1 with name: determinant and operator: Det" in str(error)
 

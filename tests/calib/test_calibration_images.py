@@ -233,6 +233,7 @@ def test_progress(photos: Callable[..., Path]) -> None:
         ({"size": (0, 64)}, r"size should be the graph's \(height, width\) in pixels, found \(0, 64\)"),
         ({"count": 1}, "calibration takes 2 images or more, found count 1; try 256"),
         ({"held_back": -1}, "held_back should be 0 or more, found -1"),
+        ({"seed": -1}, "seed should be 0 or more, found -1"),
         ({"fit": "slide"}, "calibration images are fitted 'whole' or 'stretch', found 'slide'"),
         ({"batch_size": 0}, "batch_size should be 1 or more"),
     ],

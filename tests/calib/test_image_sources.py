@@ -110,7 +110,7 @@ def test_shards_by_braces_and_by_glob(
 ) -> None:
     for number in (0, 1):
         images = {f"{number}{index}.png": encoded(picture(10 * number + index)) for index in range(3)}
-        shard({**images, f"{number}0.txt": b"a caption"}, f"shard-000{number}.tar")
+        shard({**images, f"{number}0.txt": b"a caption", "._00.png": b"macOS"}, f"shard-000{number}.tar")
     source = open_source(str(tmp_path / spelling), wanted=10)
     read = {candidate.name: candidate.read() for candidate in source.candidates}
     assert sorted(read) == [f"shard-000{number}.tar: {number}{index}.png" for number in (0, 1) for index in range(3)]

@@ -210,6 +210,7 @@ class INetworkDefinition:
         self._builder, self._flags = builder, flags
         self._model = onnx.ModelProto()
         self._onnx_bytes = b""
+        self._parser: Any = None  # weak: the parser owns the weights, and the network does not keep it alive
 
     def get_flag(self, flag: Any) -> bool:
         always = self._sim.major >= 11 and flag.name == "STRONGLY_TYPED"
@@ -342,6 +343,7 @@ class OnnxParser:
         if self._errors:
             return False
         self._network._model, self._network._onnx_bytes = parsed, data
+        self._network._parser = weakref.ref(self)
         return True
 
 
@@ -568,6 +570,9 @@ def _build_problem(sim: "Simulator", network: Any, config: Any) -> str | None:
     strongly_typed = network.get_flag(sim.tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     if not network.num_outputs:
         return "Network must have at least one output"
+    if network._parser() is None:
+        sim.faults.append("a network is built after its parser, which owns the weights, is gone")
+        return sim.faults[-1]
     if strongly_typed and (refused := flags & {*_PRECISION_FLAGS, *_CONSTRAINT_FLAGS}):
         return f"a strongly typed network does not take the precision flags {', '.join(sorted(refused))}"
     if not strongly_typed and (problem := _weak_typing_problem(network, flags)):
