@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from .backends import Backend, Features, choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BackendError, InputError, TclkitError
 from .labels import labels_from_masks
-from .pamr import refine_masks, resize_with_corners
+from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
 from .preprocess import FitPlan, check_fit, check_image, plan_fit
 from .prompts import PromptSet, unknown_words
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Prompts = PromptSet | Sequence[str]
 _REMEMBERED_PROMPT_SETS = 16
+_BOUND_MARGIN = 1e-4  # far above what rounding does to a mean, far below what a threshold can tell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -80,6 +81,16 @@ class _Options:
     threshold: float | None
     kp_w: float
     pamr: bool
+    floor: float | None  # prompts that stay below it everywhere need not be refined; None refines all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _WindowMasks:
+    """Masks of one window on the mask grid; the KP masks where they are not mixed in yet."""
+
+    window_hwc: NDArray[np.uint8]
+    masks: NDArray[np.float32]  # (N, h, w)
+    kp: NDArray[np.float32] | None  # (N, h, w)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -240,7 +251,8 @@ class Segmenter:
             threshold: soft masks must exceed it, in [0, 1]; None takes the bundle's, which is lower with `pamr`.
             background: False gives every pixel to some prompt.
             kp_w: share of CLIP's own dense features in [0, 1]; None takes the bundle's.
-            pamr: refine masks along the edges of the image; slower.
+            pamr: refine masks along the edges of the image; slower. Prompts that cannot label a pixel are left as they
+                are: the label map is that of refining all.
             fit: "whole" pads, "stretch" distorts, "slide" covers the image with windows as the published protocol.
 
         Raises:
@@ -291,8 +303,11 @@ class Segmenter:
     def masks(
         self, features: ImageFeatures, prompts: Prompts, *, kp_w: float | None = None, pamr: bool = False
     ) -> NDArray[np.float32]:
-        """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size."""
-        options = self._options(None, True, kp_w, pamr)
+        """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size.
+
+        With `pamr` every mask is refined, also those of prompts that no pixel is labelled with.
+        """
+        options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
         fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, {})
         return resize_masks(fitted, features.plan.source_size)
@@ -377,46 +392,59 @@ class Segmenter:
         timings: dict[str, float],
     ) -> NDArray[np.float32]:
         """(N, h, w) float32 soft masks at the size the model saw the image."""
-        grid_masks = (
-            masks
-            for windows, run_features in zip(self._runs(inputs), features, strict=True)
-            for masks in self._grid_masks(run_features, windows, prompts, options, timings)
+        windows = (
+            window
+            for run, run_features in zip(self._runs(inputs), features, strict=True)
+            for window in self._window_masks(run_features, run, prompts, options, timings)
         )
-        return plan.join(grid_masks, len(prompts))
+        finished = self._refined(list(windows), options, timings) if options.pamr else windows
+        return plan.join((self._checked(window.masks) for window in finished), len(prompts))
 
-    def _grid_masks(
+    def _window_masks(
         self,
         features: Features,
         windows: Sequence[NDArray[np.uint8]],
         prompts: PromptSet,
         options: _Options,
         timings: dict[str, float],
-    ) -> Iterator[NDArray[np.float32]]:
-        """(N, h, w) float32 soft masks on the mask grid, of one window after the other of a run.
-
-        PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
-        """
+    ) -> Iterator[_WindowMasks]:
+        """Masks on the mask grid, of one window of a run after the other; mixed unless PAMR comes in between."""
         with self._timed("masks", timings):
             masks_BNhw = self.backend.masks(features, prompts.embeddings, 0.0 if options.pamr else options.kp_w)
             kp_BNhw = None
             if options.pamr and options.kp_w > 0:
                 kp_BNhw = self.backend.masks(features, prompts.embeddings, 1.0)
         for index, window_hwc in enumerate(windows):
-            masks: NDArray[np.float32] = masks_BNhw[index]
-            if options.pamr:
-                with self._timed("pamr", timings):
-                    planes = np.ascontiguousarray(window_hwc.transpose(2, 0, 1), np.float32)
-                    small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
-                    masks = refine_masks(small.transpose(1, 2, 0), masks)
-            if kp_BNhw is not None:
-                masks = np.asarray(options.kp_w * kp_BNhw[index] + (1 - options.kp_w) * masks, np.float32)
-            if not np.isfinite(masks).all():
-                raise BackendError(
-                    f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
-                    "precision. Use another precision or backend",
-                    backend=self.backend.name,
-                )
-            yield masks
+            kp = None if kp_BNhw is None else kp_BNhw[index]
+            yield _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=kp)
+
+    def _refined(
+        self, windows: Sequence[_WindowMasks], options: _Options, timings: dict[str, float]
+    ) -> Iterator[_WindowMasks]:
+        """Refine the masks of all windows of an image, and mix.
+
+        PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
+        """
+        with self._timed("pamr", timings):
+            chosen = _prompts_to_refine(windows, options)
+        for window in windows:
+            with self._timed("pamr", timings):
+                masks = np.array(window.masks)
+                planes = np.ascontiguousarray(window.window_hwc.transpose(2, 0, 1), np.float32)
+                small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
+                masks[chosen] = refine_masks(small.transpose(1, 2, 0), masks[chosen])
+                if window.kp is not None:
+                    masks = np.asarray(options.kp_w * window.kp + (1 - options.kp_w) * masks, np.float32)
+            yield _WindowMasks(window_hwc=window.window_hwc, masks=masks, kp=None)
+
+    def _checked(self, masks_Nhw: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(masks_Nhw).all():
+            raise BackendError(
+                f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
+                "precision. Use another precision or backend",
+                backend=self.backend.name,
+            )
+        return masks_Nhw
 
     def _labelled(
         self,
@@ -460,7 +488,8 @@ class Segmenter:
                 raise InputError(f"{name} is a number from 0 to 1, got {value}")
         if kp_w is not None and kp_w > 0 and not manifest.has_kp:
             raise InputError(f"{self.model} was exported without the KP branch, but kp_w is {kp_w}; take kp_w 0")
-        return _Options(threshold=threshold, kp_w=manifest.kp_w if kp_w is None else kp_w, pamr=pamr)
+        share = manifest.kp_w if kp_w is None else kp_w
+        return _Options(threshold=threshold, kp_w=share, pamr=pamr, floor=threshold)
 
     def _prompt_set(self, prompts: Prompts) -> PromptSet:
         if not isinstance(prompts, PromptSet):
@@ -513,6 +542,22 @@ class Segmenter:
         elapsed = _elapsed_ms(start)
         timings[stage] = timings.get(stage, 0.0) + elapsed
         self._total_ms[stage] += elapsed
+
+
+def _prompts_to_refine(windows: Sequence[_WindowMasks], options: _Options) -> NDArray[np.bool_]:
+    """(N,) bool, the prompts that may label a pixel of the image; see `highest_refined`. All where nothing bounds them.
+
+    A mask that is not finite counts as one that may: it is refused later, with a message.
+    """
+    if options.floor is None:
+        return np.ones(len(windows[0].masks), np.bool_)
+    bounds = []
+    for window in windows:
+        bound = highest_refined(window.masks)
+        if window.kp is not None:
+            bound = options.kp_w * highest_refined(window.kp) + (1 - options.kp_w) * bound
+        bounds.append(bound)
+    return np.asarray(~(np.max(bounds, axis=0) <= options.floor - _BOUND_MARGIN))
 
 
 def _elapsed_ms(start: float) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tclkit.runtime.backends import Features
 from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitError
+from tclkit.runtime.labels import labels_from_masks
 from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.prompts import PromptSet
 from tclkit.runtime.segmenter import Segmenter
@@ -350,3 +351,44 @@ def test_windows_taken_together_give_what_they_give_one_by_one(
 def test_windows_per_run_below_one(tiny_bundle_folder: Path) -> None:
     with pytest.raises(InputError, match="windows_per_run should be 1 or more, found 0"):
         Segmenter.open(tiny_bundle_folder, windows_per_run=0)
+
+
+@pytest.fixture
+def refined_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many masks each call of PAMR was given."""
+    counts: list[int] = []
+
+    def noting(image_hwc: NDArray[np.float32], masks_Nhw: NDArray[np.float32]) -> NDArray[np.float32]:
+        counts.append(len(masks_Nhw))
+        return refine_masks(image_hwc, masks_Nhw)
+
+    monkeypatch.setattr("tclkit.runtime.segmenter.refine_masks", noting)
+    return counts
+
+
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("kp_w", [0.0, 0.3])
+def test_pamr_leaves_out_prompts_that_cannot_label_a_pixel(
+    segmenter: Segmenter, paint: Callable[..., Image], refined_counts: list[int], fit: str, kp_w: float
+) -> None:
+    """The label map is that of refining all; red is in one window only, and refined in every one all the same."""
+    names = ["red", "green", "blue", "yellow", "cyan"]
+    image = paint((64, 200), red=(0, 40, 0, 30), blue=(10, 64, 60, 200))
+    result = segmenter(image, names, fit=fit, kp_w=kp_w, pamr=True)
+    windows = result.settings["windows"]
+    assert refined_counts == [2] * windows  # type: ignore[operator]
+    features = segmenter.features(image, fit=fit)
+    everything = segmenter.masks(features, names, kp_w=kp_w, pamr=True)
+    assert refined_counts[windows:] == [5] * windows  # type: ignore[operator,misc]
+    expected = labels_from_masks(everything, image.shape[:2], result.threshold).label_map
+    assert (result.label_map == expected).mean() > 0.999  # both resize in another order: rounding at borders
+    for name in ("red", "blue"):
+        np.testing.assert_allclose(result.soft_mask(name), everything[names.index(name)], atol=1e-5)
+    segmenter(image, names, fit=fit, kp_w=kp_w, pamr=True, background=False)
+    assert refined_counts[2 * windows :] == [5] * windows  # type: ignore[operator,misc]
+
+
+def test_no_prompt_can_label_a_pixel(segmenter: Segmenter, scene: Image, refined_counts: list[int]) -> None:
+    result = segmenter(scene, ["cyan", "magenta"], pamr=True)
+    assert refined_counts == [0]
+    assert (result.label_map == -1).all()
