@@ -4,10 +4,12 @@ Precision lives in the graph: networks are strongly typed (asked for on TensorRT
 flag is ever set; TensorRT 11 has none. TF32 is switched off, because it keeps 10 bits of mantissa, as half precision
 does: an fp32 engine computes in fp32, and who wants speed takes fp16.
 
-Polygraphy makes the network, the profile and the configuration and runs the build, since it knows both majors of
-TensorRT. Three things go to TensorRT directly: the parser, whose errors carry the node's name only there; the timing
-cache, since Polygraphy does not look whether TensorRT took it, nor writes it atomically; and DLA, for which Polygraphy
-sets a precision flag that contradicts strong typing.
+Polygraphy makes the profile and the configuration and runs the build, since it knows both majors of TensorRT (11 from
+Polygraphy 0.50.3 on: earlier ones read a property of layers that 11 dropped, as the simulator showed). Four
+things go to TensorRT directly: builder and network, so that what TensorRT says comes here and not to Polygraphy's
+logger, which prints; the parser, whose errors carry the node's name only there; the timing cache, since Polygraphy does
+not look whether TensorRT took it, nor writes it atomically; and DLA, for which Polygraphy sets a precision flag that
+contradicts strong typing.
 
 It ran on the simulator only (tests/tensorrt_simulator), for TensorRT 10.3, 10.13, 10.16 and 11.4; no GPU was at hand.
 """
@@ -16,7 +18,7 @@ import contextlib
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,33 +210,44 @@ class _Build:
         self.trt = _imported("tensorrt", "it comes with JetPack; on a server: pip install tensorrt")
         self.polygraphy = _imported("polygraphy.backend.trt", 'pip install "tclkit[build]"')
         self.said: list[str] = []
+        self.logger = _tensorrts_logger(self.trt, self.said)
         self.callbacks: Any = None  # TensorRT calls them until the engine is built
 
     def run(self) -> bytes:
-        with _polygraphys_log(self.said):
-            builder, network = self._attempt("start", lambda: self.polygraphy.create_network(strongly_typed=True))
-            parser = self._parse(network)  # kept until the engine is built: it owns the weights
-            self._compare_inputs(network)
-            config = self._attempt("configure the build", lambda: self._config(builder, network))
-            if self.options.timing_cache is not None:
-                _load_timing_cache(config, self.options.timing_cache)
-            plan = self._attempt(
-                "build the engine",
-                lambda: self.polygraphy.engine_bytes_from_network((builder, network, parser), config=config),
-            )
-            if self.options.timing_cache is not None:
-                _save_timing_cache(config, self.options.timing_cache)
-            return bytes(plan)
+        polygraphys_log = importlib.import_module("polygraphy.logger").G_LOGGER
+        with polygraphys_log.verbosity(polygraphys_log.CRITICAL + 1):  # it prints; what it raises says the same
+            return self._run()
+
+    def _run(self) -> bytes:
+        strongly_typed = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        builder = self._attempt("start", lambda: self.trt.Builder(self.logger))
+        network = builder.create_network(strongly_typed)
+        parser = self._parse(network)  # kept until the engine is built: it owns the weights
+        self._compare_inputs(network)
+        config = self._attempt("configure the build", lambda: self._config(builder, network))
+        if self.options.timing_cache is not None:
+            _load_timing_cache(config, self.options.timing_cache)
+        plan = self._attempt(
+            "build the engine",
+            lambda: self.polygraphy.engine_bytes_from_network((builder, network, parser), config=config),
+        )
+        if self.options.timing_cache is not None:
+            _save_timing_cache(config, self.options.timing_cache)
+        return bytes(plan)
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """Run it; turn what Polygraphy and TensorRT's bindings raise into a BuildError with what TensorRT said."""
         exceptions = importlib.import_module("polygraphy.exception")
         try:
             return action()
+        except AttributeError as error:
+            message = f"this Polygraphy does not know TensorRT {self.trt.__version__} ({error})"
+            raise BuildError(f'{message}. Upgrade it: pip install -U "polygraphy>=0.50.3"') from error
         except (exceptions.PolygraphyException, TypeError, ValueError, RuntimeError) as error:
             reasons = list(dict.fromkeys(self.said))[-_ERRORS_TOLD:] or [str(error)]
             said = "; ".join(reason.strip().rstrip(".") for reason in reasons)
-            message = f"TensorRT {self.trt.__version__} could not {what}: {said}. {self._remedies()}"
+            remedy = "Check the driver and the device: nvidia-smi" if what == "start" else self._remedies()
+            message = f"TensorRT {self.trt.__version__} could not {what}: {said}. {remedy}"
             raise BuildError(message, reasons=reasons) from error
 
     def _remedies(self) -> str:
@@ -253,7 +266,7 @@ class _Build:
 
     def _parse(self, network: Any) -> Any:
         """The parser, after it filled the network."""
-        parser = self.trt.OnnxParser(network, self.polygraphy.get_trt_logger())
+        parser = self.trt.OnnxParser(network, self.logger)
         if parser.parse(self.onnx_bytes):
             return parser
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -302,6 +315,27 @@ def _use_dla(trt: Any, builder: Any, config: Any) -> None:
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = 0
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _tensorrts_logger(trt: Any, errors: list[str]) -> Any:
+    """Keeps errors for the message, and hands everything to tclkit's log, where nobody sees it unless asked."""
+    severity_of = trt.ILogger.Severity
+    levels = {
+        severity_of.WARNING: logging.INFO,
+        severity_of.ERROR: logging.INFO,
+        severity_of.INTERNAL_ERROR: logging.INFO,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (severity_of.ERROR, severity_of.INTERNAL_ERROR):
+                errors.append(msg)
+            _log.log(levels.get(severity, logging.DEBUG), "TensorRT: %s", msg)
+
+    return Logger()
 
 
 def _tensorrts_monitor(trt: Any, monitor: _Monitor) -> Any:
@@ -369,38 +403,3 @@ def _error_text(error: Any) -> str:
     name, operator = error.node_name(), error.node_operator()
     where = f"node {name or error.node()} ({operator}): " if operator else ""
     return f"{where}{str(error.desc()).strip().rstrip('.')}"
-
-
-class _Collector(logging.Handler):
-    """Keeps errors for the message, and hands everything to tclkit's log, where nobody sees it unless asked."""
-
-    def __init__(self, errors: list[str]) -> None:
-        super().__init__()
-        self._errors = errors
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.ERROR:  # CRITICAL is Polygraphy's own exception, which says less
-            self._errors.append(record.getMessage())
-        _log.log(logging.INFO if record.levelno >= logging.WARNING else logging.DEBUG, "%s", record.getMessage())
-
-
-@contextlib.contextmanager
-def _polygraphys_log(errors: list[str]) -> Iterator[None]:
-    """For the time of a build, have Polygraphy log through Python's logging instead of printing to stdout."""
-    polygraphy_log = importlib.import_module("polygraphy.logger").G_LOGGER
-    names = ("use_python_logging_system", "colors", "letter")
-    before = {name: getattr(polygraphy_log, name) for name in names}
-    logger, collector = logging.getLogger("Polygraphy"), _Collector(errors)
-    propagate, level = logger.propagate, logger.level
-    logger.addHandler(collector)
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG)
-    try:
-        for name, value in zip(names, (True, False, False), strict=True):
-            setattr(polygraphy_log, name, value)
-        yield
-    finally:
-        for name in names:
-            setattr(polygraphy_log, name, before[name])
-        logger.removeHandler(collector)
-        logger.propagate, logger.level = propagate, level

@@ -81,9 +81,9 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 def sample_batches(bundle: Bundle, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """The package's sample scenes, and each cut into quarters, as batches of one (1, H, W, 3) of a graph's size."""
+    """The sample scenes of the package, each whole and its middle enlarged, as batches of one image of a graph's size."""
     images = [load_image(path) for path in sorted(_SAMPLES.glob("*.png"))]
-    images += [quarter for image in images for quarter in _quarters(image)]
+    images += [_middle(image) for image in images]
     colour = pad_colour(bundle)
     return [one[None] for image in images for one in plan_fit(image.shape[:2], [size]).inputs(image, colour)]
 
@@ -94,7 +94,6 @@ def pad_colour(bundle: Bundle) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _quarters(image_hwc: NDArray[np.uint8]) -> Sequence[NDArray[np.uint8]]:
-    middle_y, middle_x = image_hwc.shape[0] // 2, image_hwc.shape[1] // 2
-    halves = (image_hwc[:middle_y], image_hwc[middle_y:])
-    return [part for half in halves for part in (half[:, :middle_x], half[:, middle_x:])]
+def _middle(image_hwc: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = image_hwc.shape[:2]
+    return image_hwc[height // 4 : height - height // 4, width // 4 : width - width // 4]

@@ -2,7 +2,8 @@
 
 A channel j of a layer's input is divided by s_j where it is made and its row of the weight multiplied by s_j, with
 s_j = max|x_j|^a / max|W_j|^(1-a). It is made by a LayerNorm (whose scale and shift absorb 1/s), by attention's value
-projection (whose columns do), or by a GELU: there a product with 1/s is added to the graph, which runtimes fuse.
+projection (whose columns do), or by an activation function: there a product with 1/s joins the graph, for runtimes to
+fuse.
 
 Source: SmoothQuant (Xiao et al., ICML 2023), which folds into LayerNorms only.
 """
@@ -19,6 +20,7 @@ from .layers import Layer
 
 DEFAULT_STRENGTH = 0.5
 _SMALLEST = 1e-5
+_ELEMENTWISE = ("Gelu", "Mul")  # what ends an MLP's activation: GELU, or OpenAI's x·sigmoid(1.702x)
 _Vector = NDArray[np.float64]
 
 
@@ -78,7 +80,7 @@ class _Editor:
         if maker.op_type == "LayerNormalization" and self._owns(maker.input[1:3]):
             for name in maker.input[1:3]:
                 self._scale(name, 1 / s)
-        elif maker.op_type == "Gelu":
+        elif maker.op_type in _ELEMENTWISE:
             self._multiplied[layer.activation] = 1 / s
         elif not self._scale_values(layer, s):
             return

@@ -170,7 +170,7 @@ def _engine_verdicts(
         if isinstance(found, EngineMiss):
             if found.reason == "damaged":
                 raise found.error()
-            raise _NotBuiltError(found.message)
+            raise _NotBuiltError(found.why)
         if graph == "image":
             name = found.path.name
     with closing(engine_backend(bundle, precision, [size])) as backend:

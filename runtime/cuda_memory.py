@@ -73,7 +73,7 @@ def device_count() -> int:
     try:
         count = int(check(runtime.cudaGetDeviceCount(), "cudaGetDeviceCount"))
     except RuntimeError as error:  # cuda-python finds no CUDA library
-        raise BackendError(f"CUDA cannot be loaded: {error}") from error
+        raise BackendError(f"CUDA cannot be loaded ({error}). Install NVIDIA's driver") from error
     if not count:
         raise BackendError(f"CUDA counts no devices. {_REMEDIES['cudaErrorNoDevice']}", code="cudaErrorNoDevice")
     return count

@@ -427,6 +427,33 @@ def test_freed_memory_is_refused(tensorrt_simulator: Install) -> None:
     assert run.download() == run.cudart.cudaError_t.cudaErrorInvalidValue
 
 
+def test_a_context_without_memory_of_its_own_needs_some(tensorrt_simulator: Install) -> None:
+    simulator = tensorrt_simulator()
+    run = ready(simulator)
+    engine, handle = run.context.engine, int(run.stream)
+    managed = engine.create_execution_context(simulator.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    managed.set_input_shape("x", (2, 4))
+    for name in ("x", "y"):
+        managed.set_tensor_address(name, run.context.get_tensor_address(name))
+    size = engine.device_memory_size_v2
+    _, scratch = run.cudart.cudaMalloc(size + 256)
+    for memory, offered, message in (
+        (0, size, "has no memory for activations"),
+        (scratch + 8, size, "has no memory for activations"),  # not aligned: not taken
+        (scratch, size - 1, "has no memory for activations"),  # too small: not taken
+    ):
+        managed.set_device_memory(memory, offered)
+        assert not managed.execute_async_v3(handle)
+        assert message in simulator.errors()[-1]
+    managed.set_device_memory(scratch, size)
+    assert managed.execute_async_v3(handle)
+    run.cudart.cudaStreamSynchronize(run.stream)
+    run.cudart.cudaFree(scratch)
+    assert not managed.execute_async_v3(handle)
+    run.context.set_device_memory(scratch, size)
+    assert "has memory of its own" in simulator.errors()[-1]
+
+
 def test_one_context_on_two_streams_at_once(tensorrt_simulator: Install) -> None:
     simulator = tensorrt_simulator()
     run = ready(simulator)

@@ -240,7 +240,9 @@ def test_a_machine_on_which_tensorrt_cannot_start(tensorrt_simulator: Install, m
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(simulator.tensorrt, "Builder", builder)
-    with pytest.raises(BuildError, match="could not start: CUDA initialization failure with error: 35"):
+    with pytest.raises(
+        BuildError, match=r"could not start: CUDA initialization failure with error: 35\. Check the driver"
+    ):
         build()
 
 
@@ -252,6 +254,20 @@ def test_what_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BuildError, match=rf"{name.partition('.')[0]} cannot be imported .*pip install"):
         build()
+
+
+def test_a_polygraphy_that_is_too_old_is_named(tensorrt_simulator: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Polygraphy 0.49 is for TensorRT 11."""
+    simulator = tensorrt_simulator("11.4.0.106")
+    import polygraphy.backend.trt
+
+    def create_config(**options: Any) -> Any:
+        return lambda builder, network: network.get_layer(0).precision_is_set
+
+    monkeypatch.setattr(polygraphy.backend.trt, "CreateConfig", create_config)
+    with pytest.raises(BuildError, match=r"Polygraphy does not know TensorRT 11\.4.*precision_is_set.*pip install -U"):
+        build()
+    assert simulator.builds == []
 
 
 def test_progress(tensorrt_simulator: Install) -> None:
@@ -332,7 +348,7 @@ def test_a_timing_cache_that_does_not_fit_is_set_aside(
     simulator = tensorrt_simulator("10.3.0", **ORIN)
     with caplog.at_level(logging.WARNING):
         build(timing_cache=cache)
-    records = [record for record in caplog.records if record.name == "tclkit.export.engine_builder"]
+    records = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert [record.getMessage() for record in records] == [
         f"timing cache {cache} is damaged, or of another TensorRT version or device: set aside as cache.bin.other, "
         "a new one is begun"
@@ -377,15 +393,17 @@ def test_polygraphys_log_is_left_as_it_was(tensorrt_simulator: Install) -> None:
     tensorrt_simulator()
     from polygraphy.logger import G_LOGGER
 
-    def state() -> list[Any]:
-        logger = logging.getLogger("Polygraphy")
-        collectors = [handler for handler in logger.handlers if type(handler).__name__ == "_Collector"]
-        own = [G_LOGGER.use_python_logging_system, G_LOGGER.colors, G_LOGGER.letter]
-        return [*own, logger.propagate, logger.level, collectors]
-
-    before = state()
+    before = G_LOGGER.module_severity.get()
     build()
-    assert state() == before
+    assert G_LOGGER.module_severity.get() == before
+
+
+def test_what_tensorrt_says_is_in_the_log(tensorrt_simulator: Install, caplog: pytest.LogCaptureFixture) -> None:
+    simulator = tensorrt_simulator()
+    simulator.planted_build_warnings = ["some warning"]
+    with caplog.at_level(logging.INFO):
+        build()
+    assert "TensorRT: some warning" in [record.getMessage() for record in caplog.records]
 
 
 def test_torch_and_tensorrt_are_not_imported() -> None:

@@ -1,10 +1,8 @@
 """Fixtures of the TensorRT backend's tests: a bundle that may be changed, and engines built for a simulated machine."""
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,18 +121,3 @@ def random_texts() -> Callable[..., NDArray[np.float32]]:
         return np.asarray(texts / np.linalg.norm(texts, axis=1, keepdims=True))
 
     return make
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _device_memory_of_the_simulator(simulator_package: ModuleType) -> None:
-    """Contexts on memory of the caller's, which the simulator does not offer yet: it goes when the simulator does."""
-    bodies = sys.modules[f"{simulator_package.__name__}.tensorrt_classes"]
-    if hasattr(bodies.IExecutionContext, "set_device_memory"):
-        return
-
-    def set_device_memory(self: Any, memory: int, size: int) -> None:
-        if memory % 256 or not self._engine._sim.device.room(memory, self._engine.device_memory_size_v2, "device"):
-            self._complain(f"setDeviceMemoryV2: {size} bytes at {memory:#x} are not enough")
-            self._engine._sim.device.faults.append("a context got device memory that is too small or was freed")
-
-    bodies.IExecutionContext.set_device_memory = set_device_memory

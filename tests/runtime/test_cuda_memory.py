@@ -160,7 +160,9 @@ def test_no_cuda_library(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("Failed to dlopen libcudart")
 
     monkeypatch.setattr(simulator.cudart, "cudaGetDeviceCount", fail)
-    with pytest.raises(BackendError, match="CUDA cannot be loaded: Failed to dlopen"):
+    with pytest.raises(
+        BackendError, match=r"CUDA cannot be loaded \(Failed to dlopen libcudart\)\. Install NVIDIA's driver"
+    ):
         device_count()
 
 

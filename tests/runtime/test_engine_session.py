@@ -120,6 +120,34 @@ def test_a_shape_that_stays_is_launched_from_the_third_time_on(
     assert simulator.device.calls["cudaGraphLaunch"] == 3
 
 
+def test_each_graph_has_a_context_of_its_own_on_shared_activation_memory(
+    simulator: Any, bundle: Bundle, stream: Stream, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA: one context for each captured graph, and the memory of activations given to all of them."""
+    engine = loaded(bundle)
+    made: list[Any] = []
+    given: list[tuple[int, int]] = []
+    real = simulator.tensorrt.ICudaEngine.create_execution_context
+    monkeypatch.setattr(
+        simulator.tensorrt.ICudaEngine,
+        "create_execution_context",
+        lambda self, strategy: made.append(strategy) or real(self, strategy),
+    )
+    give = simulator.tensorrt.IExecutionContext.set_device_memory
+    monkeypatch.setattr(
+        simulator.tensorrt.IExecutionContext,
+        "set_device_memory",
+        lambda self, memory, size: given.append((memory, size)) or give(self, memory, size),
+    )
+    with EngineSession(engine, stream) as session:
+        for prompts in (32, 32, 3, 3, 3, 32):
+            masks_of(session, feeds(prompts=prompts))
+        assert session.captured_graphs == 2
+        scratch = session._held.scratch
+        assert given == [(scratch.address, engine.engine.device_memory_size_v2)] * 3
+    assert made == [simulator.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED] * 3
+
+
 def test_few_graphs_are_kept(simulator: Any, session: EngineSession, feeds: Feeds, expected: Expected) -> None:
     masks_of(session, feeds(4, 32))  # from here on nothing grows
     for prompts in range(1, 8):

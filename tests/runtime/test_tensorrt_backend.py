@@ -54,10 +54,10 @@ def test_prompts_change_without_a_rebuild(
     bundle = build_engines(simulator, shapes_folder)
     onnxruntime, builds = reference(bundle), len(simulator.builds)
     backend = open_tensorrt(bundle)
-    for round_, batch in enumerate((1, 4, 1, 4, 1)):
+    for round_, batch in enumerate((1, 4, 1)):
         images = random_images(batch, round_)
         found, wanted = backend.image_features(images), onnxruntime.image_features(images)
-        for prompts in (3, 17, 1, 3):
+        for prompts in (3, 17, 1, 3, 3, 3):
             texts = random_texts(prompts, round_)
             masks = backend.masks(found, texts, 0.1)
             assert masks.shape == (batch, prompts, 64, 64)
@@ -100,7 +100,7 @@ def test_features_are_kept_over_other_frames(
     backend, texts = open_tensorrt(bundle), random_texts(3)
     kept = [backend.image_features(random_images(1, seed)) for seed in range(3)]
     before = [backend.masks(features, texts, 0.1) for features in kept]
-    for seed in range(10, 20):
+    for seed in range(10, 14):
         backend.masks(backend.image_features(random_images(1, seed)), texts, 0.1)
     for features, masks in zip(kept, before, strict=True):
         np.testing.assert_array_equal(backend.masks(features, texts, 0.1), masks)
@@ -108,20 +108,22 @@ def test_features_are_kept_over_other_frames(
     for features, grounded in zip(kept, wanted, strict=True):
         np.testing.assert_allclose(features.grounded, grounded, atol=1e-5)
     backend.close()
-    assert len([line for line in simulator.leaks() if line.startswith("device memory")]) == 2 * 3  # still lent
-    del kept, features
+    features = None
+    for still_lent in (3, 2, 1):
+        assert len([line for line in simulator.leaks() if line.startswith("device memory")]) == 2 * still_lent
+        kept.pop()
     gc.collect()
     assert simulator.leaks() == []
 
 
 def test_memory_does_not_grow_with_frames(bundle: Bundle, simulator: Any, random_images: Images) -> None:
     backend = open_tensorrt(bundle)
-    many = [backend.image_features(random_images(1, seed)) for seed in range(6)]
+    many = [backend.image_features(random_images(1, seed)) for seed in range(4)]
     del many
     gc.collect()
     backend.image_features(random_images(1))
     used = simulator.device.used_bytes()
-    for seed in range(8):
+    for seed in range(4):
         backend.image_features(random_images(1, seed))
     assert simulator.device.used_bytes() == used
     assert len(backend._sizes[128, 128].pool._free) <= 2
@@ -144,7 +146,7 @@ def test_features_come_down_only_when_they_are_read(
     backend.close()
 
 
-@pytest.mark.parametrize("batch", [5, 8, 9])
+@pytest.mark.parametrize("batch", [5, 8])
 def test_large_batches_are_split(bundle: Bundle, random_images: Images, random_texts: Texts, batch: int) -> None:
     backend, images, texts = open_tensorrt(bundle), random_images(batch), random_texts(2)
     features = backend.image_features(images)

@@ -809,12 +809,16 @@ class ICudaEngine:
 
     def create_execution_context(self, strategy: Any = None, runtime_config: Any = None) -> Any:
         device = self._sim.device
+        if strategy == self._trt.ExecutionContextAllocationStrategy.USER_MANAGED:
+            context = make(self._trt.IExecutionContext, self, user_managed=True)
+            self._sim.contexts.add(context)
+            return context
         with device.lock:
             address = device.allocate("context", _SCRATCH_BYTES) if device.used_bytes() < device.memory_bytes else None
         if address is None:
             self._complain("ICudaEngine::createExecutionContext: out of memory")
             return None
-        context = make(self._trt.IExecutionContext, self, address)
+        context = make(self._trt.IExecutionContext, self, user_managed=False)
         self._sim.contexts.add(context)
         weakref.finalize(context, device.release, "context", address)
         return context
@@ -823,8 +827,9 @@ class ICudaEngine:
 class IExecutionContext:
     _stored = {"name": "", "error_recorder": None, "enqueue_emits_profile": True, "debug_sync": False}
 
-    def _setup(self, engine: Any, scratch: int) -> None:
-        self._engine, self._scratch = engine, scratch
+    def _setup(self, engine: Any, *, user_managed: bool) -> None:
+        self._engine, self._user_managed = engine, user_managed
+        self._memory = 0  # of the caller's, for activations
         self._shapes = {name: dimensions(value) for name, value in engine._inputs.items()}
         self._addresses: dict[str, int] = {}
         self._enqueueing = threading.Lock()
@@ -907,6 +912,20 @@ class IExecutionContext:
     def get_tensor_address(self, name: str) -> int:
         return self._addresses.get(name, 0)
 
+    def set_device_memory(self, memory: int, size: int) -> None:
+        if not self._user_managed:
+            self._complain("setDeviceMemoryV2: this context has memory of its own")
+        elif memory % ALIGNMENT:
+            self._complain(f"setDeviceMemoryV2: {memory:#x} is not aligned to {ALIGNMENT} bytes")
+        elif size < self._engine.device_memory_size_v2:
+            self._complain(f"setDeviceMemoryV2: {size} bytes, but {self._engine.device_memory_size_v2} are needed")
+        else:
+            self._memory = memory
+
+    def _has_memory(self) -> bool:
+        room = self._engine._sim.device.room
+        return not self._user_managed or room(self._memory, self._engine.device_memory_size_v2, "device")
+
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes_for(self._shapes)
 
@@ -967,6 +986,9 @@ class IExecutionContext:
         buffers = self._buffers()
         if buffers is None:
             return False
+        if not self._has_memory():
+            self._complain("enqueueV3: the context has no memory for activations: setDeviceMemoryV2 was not called")
+            return False
         if device.broken != cudaError_t.cudaSuccess:
             self._complain(f"enqueueV3: Cuda Runtime ({device.broken.name})")
             return False
@@ -993,6 +1015,8 @@ class IExecutionContext:
 
     def _execute(self, buffers: dict[str, tuple[int, tuple[int, ...], Any]]) -> None:
         engine, device = self._engine, self._engine._sim.device
+        if not self._has_memory():
+            raise DeviceFaultError("the engine works in activation memory that was freed")
         arrays = {}
         for name, (address, shape, kind) in buffers.items():
             size = math.prod(shape) * kind.itemsize
