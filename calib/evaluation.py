@@ -44,6 +44,7 @@ class EvaluationSettings:
     kp_w: share of the KP branch; None takes the benchmark's, else the model's.
     limit: the first so many images only.
     windows_per_run: windows of one image that the image graph takes at once.
+    flip: look at the mirrored image as well.
     threads: CPU threads of one process; None shares the CPUs out among the workers.
     """
 
@@ -55,6 +56,7 @@ class EvaluationSettings:
     kp_w: float | None = None
     limit: int | None = None
     windows_per_run: int = 1
+    flip: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -254,6 +256,7 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
             precision=precision,
             threads=threads,
             windows_per_run=settings.windows_per_run,
+            flip=settings.flip,
         )
         for precision in settings.precisions
     )
@@ -267,7 +270,14 @@ def _run_key(dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scorin
         manifest, precision = segmenter.bundle.manifest, segmenter.backend.precision
         graphs = sorted(image.files[precision] for image in manifest.images if precision in image.files)
         hashes = [manifest.files[file].sha256 for file in (*graphs, manifest.masks)]
-        parts += [precision, segmenter.backend.name, hashes, segmenter.bundle.text_encoder_hash, manifest.templates]
+        parts += [
+            precision,
+            segmenter.flip,
+            segmenter.backend.name,
+            hashes,
+            segmenter.bundle.text_encoder_hash,
+            manifest.templates,
+        ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -421,6 +431,8 @@ def _notes(dataset: Dataset, segmenter: Segmenter, scoring: Scoring, total: int)
         notes.append(f"background threshold {scoring.threshold:g}, the protocol has {prescribed:g}")
     if segmenter.bundle.manifest.has_kp and scoring.kp_w != benchmark.kp_w:
         notes.append(f"KP share {scoring.kp_w:g}, the protocol has {benchmark.kp_w:g}")
+    if segmenter.flip:
+        notes.append("masks are the mean over the image and its mirror image")
     if total < len(dataset):
         notes.append(f"the first {total} of {len(dataset)} images")
     return notes

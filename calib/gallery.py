@@ -36,7 +36,11 @@ def find_extremes(
     best = ranked[: min(count, (len(ranked) + 1) // 2)]
     worst = ranked[len(best) :][::-1][:count]
     with Segmenter.open(
-        settings.model, backend=settings.backend, precision=precision, threads=settings.threads
+        settings.model,
+        backend=settings.backend,
+        precision=precision,
+        threads=settings.threads,
+        flip=settings.flip,
     ) as segmenter:
         predictor = Predictor(segmenter, dataset, evaluation.scoring)
         return Extremes(

@@ -112,6 +112,9 @@ def eval_(
         int,
         typer.Option("--windows", min=1, metavar="N", help="Windows of an image in one run: more fills a GPU."),
     ] = 1,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Look at each image mirrored as well and take the mean (twice the time).")
+    ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for what was counted, results and pictures.")
     ] = _DEFAULT_OUTPUT,
@@ -136,6 +139,7 @@ def eval_(
         kp_w=kp,
         limit=limit,
         windows_per_run=windows,
+        flip=flip,
     )
     share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
     outcome = Outcome()

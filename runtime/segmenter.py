@@ -115,7 +115,13 @@ class Segmenter:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, cache: "TextCache | None" = None, windows_per_run: int = 1
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        cache: "TextCache | None" = None,
+        windows_per_run: int = 1,
+        flip: bool = False,
     ) -> None:
         """Join an opened bundle and the backend that runs it; most callers use `Segmenter.open`.
 
@@ -124,6 +130,7 @@ class Segmenter:
             backend: opened on the same bundle.
             cache: of text embeddings; None embeds every prompt anew.
             windows_per_run: windows of one image that the image graph takes at once, at most.
+            flip: look at the mirrored image as well; see `open`.
 
         Raises:
             InputError: windows_per_run is below 1.
@@ -131,6 +138,7 @@ class Segmenter:
         if windows_per_run < 1:
             raise InputError(f"windows_per_run should be 1 or more, found {windows_per_run}")
         self.windows_per_run = windows_per_run
+        self.flip = flip
         self.bundle = bundle
         self.backend = backend
         self.cache = cache
@@ -154,6 +162,7 @@ class Segmenter:
         threads: int | None = None,
         verify: bool = True,
         windows_per_run: int = 1,
+        flip: bool = False,
     ) -> "Segmenter":
         """Open a model.
 
@@ -167,6 +176,7 @@ class Segmenter:
             verify: compare the bundle's files with their hashes first.
             windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and
                 needs memory for as many.
+            flip: look at the mirrored image as well and take the mean of both masks, for twice the image graph's time.
 
         Raises:
             BundleError: unknown name, incomplete or damaged.
@@ -175,7 +185,7 @@ class Segmenter:
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
-        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run)
+        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run, flip=flip)
 
     @property
     def model(self) -> str:
@@ -373,8 +383,11 @@ class Segmenter:
         self._total_ms["preprocess"] += prepared.preprocess_ms
         for windows in self._runs(prepared.inputs):
             with self._timed("image", timings):
-                features = self.backend.image_features(np.stack(windows))
-            self._counters["windows"] += len(windows)
+                images = np.stack(windows)
+                if self.flip:
+                    images = np.concatenate([images, images[:, :, ::-1]])
+                features = self.backend.image_features(images)
+            self._counters["windows"] += len(images)
             yield features
 
     def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
@@ -410,13 +423,19 @@ class Segmenter:
     ) -> Iterator[_WindowMasks]:
         """Masks on the mask grid, of one window of a run after the other; mixed unless PAMR comes in between."""
         with self._timed("masks", timings):
-            masks_BNhw = self.backend.masks(features, prompts.embeddings, 0.0 if options.pamr else options.kp_w)
-            kp_BNhw = None
-            if options.pamr and options.kp_w > 0:
-                kp_BNhw = self.backend.masks(features, prompts.embeddings, 1.0)
+            masks_BNhw = self._head(features, prompts, 0.0 if options.pamr else options.kp_w)
+            kp_BNhw = self._head(features, prompts, 1.0) if options.pamr and options.kp_w > 0 else None
         for index, window_hwc in enumerate(windows):
             kp = None if kp_BNhw is None else kp_BNhw[index]
             yield _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=kp)
+
+    def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
+        """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""
+        masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
+        if not self.flip:
+            return masks_BNhw
+        straight, mirrored = np.split(masks_BNhw, 2)
+        return np.asarray((straight + mirrored[..., ::-1]) * np.float32(0.5))
 
     def _refined(
         self, windows: Sequence[_WindowMasks], options: _Options, timings: dict[str, float]

@@ -27,7 +27,8 @@ OPTIONS = {
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",
     "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --pamr --threshold --kp --limit "
-    "--workers --loaders --rank --world-size --windows --output -o --pictures --no-pictures --classes --json --debug",
+    "--workers --loaders --rank --world-size --windows --flip --output -o --pictures --no-pictures --classes --json "
+    "--debug",
     "data": "",
     "data prepare": "name --root --source --check --json --debug",
 }

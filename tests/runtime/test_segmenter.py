@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -392,3 +393,43 @@ def test_no_prompt_can_label_a_pixel(segmenter: Segmenter, scene: Image, refined
     result = segmenter(scene, ["cyan", "magenta"], pamr=True)
     assert refined_counts == [0]
     assert (result.label_map == -1).all()
+
+
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("windows_per_run", [1, 2])
+@pytest.mark.parametrize("pamr", [False, True])
+def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
+    tiny_bundle_folder: Path, fit: str, windows_per_run: int, pamr: bool
+) -> None:
+    """Held against mirroring the whole by hand, on a picture whose windows lie symmetrically.
+
+    The tiny model sees a mirrored picture as the picture mirrored; here it takes the left edge of its input for blue.
+    """
+
+    def opened(**settings: Any) -> Segmenter:
+        segmenter = Segmenter.open(tiny_bundle_folder, threads=1, **settings)
+        run = segmenter.backend.image_features
+
+        def lopsided(images_BHWC: Image) -> Features:
+            images_BHWC = images_BHWC.copy()
+            images_BHWC[:, :, :8] = (0, 0, 255)
+            return run(images_BHWC)
+
+        segmenter.backend.image_features = lopsided  # type: ignore[method-assign]
+        return segmenter
+
+    image = np.random.default_rng(0).integers(0, 256, (64, 128, 3)).astype(np.uint8)
+    image[8:40, 10:60] = (255, 0, 0)
+    plain = opened()
+    straight, mirrored = (
+        plain.masks(plain.features(one, fit=fit), NAMES, kp_w=0.3)
+        for one in (image, np.ascontiguousarray(image[:, ::-1]))
+    )
+    flipping = opened(flip=True, windows_per_run=windows_per_run)
+    features = flipping.features(image, fit=fit)
+    assert flipping.stats.windows == 2 * len(features.inputs)
+    found = flipping.masks(features, NAMES, kp_w=0.3)
+    np.testing.assert_allclose(found, (straight + mirrored[..., ::-1]) / 2, rtol=0, atol=1e-5)
+    assert np.abs(found - straight).max() > 0.1
+    result = flipping(image, NAMES, pamr=pamr, fit=fit)
+    assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
