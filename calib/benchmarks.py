@@ -8,6 +8,7 @@ averaged, PAMR on the windows where it is asked for, a constant background chann
 import difflib
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -78,9 +79,10 @@ class Benchmark:
         """mIoU in percent of the published model, ViT-B/16."""
         return self.published_miou_pamr if pamr else self.published_miou
 
-    def texts(self) -> list[list[str]]:
-        """Texts of each class, (N, T): every template with the name as it stands, no rule of grammar applied."""
-        return [[template.replace("{}", name) for template in self.templates] for name in self.names]
+    def texts(self, names: Sequence[str] | None = None) -> list[list[str]]:
+        """Texts of each class, or of other names, (N, T): every template with the name as it stands, by no rule."""
+        named = self.names if names is None else names
+        return [[template.replace("{}", name) for template in self.templates] for name in named]
 
     def deviations(self, manifest: Manifest) -> list[str]:
         """What of the protocol a bundle cannot follow, in sentences; none for one like the published."""

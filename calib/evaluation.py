@@ -45,6 +45,7 @@ class EvaluationSettings:
     limit: the first so many images only.
     windows_per_run: windows of one image that the image graph takes at once.
     flip: look at the mirrored image as well.
+    contrast: more prompts, whose pixels are background.
     threads: CPU threads of one process; None shares the CPUs out among the workers.
     """
 
@@ -57,6 +58,7 @@ class EvaluationSettings:
     limit: int | None = None
     windows_per_run: int = 1
     flip: bool = False
+    contrast: tuple[str, ...] = ()
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -222,6 +224,7 @@ def _evaluated(
         pamr=settings.pamr,
         threshold=settings.threshold,
         kp_w=settings.kp_w,
+        contrast=settings.contrast,
     )
     key = _run_key(dataset, segmenters, scoring)
     total = min(len(dataset), settings.limit or len(dataset))
@@ -431,6 +434,8 @@ def _notes(dataset: Dataset, segmenter: Segmenter, scoring: Scoring, total: int)
         notes.append(f"background threshold {scoring.threshold:g}, the protocol has {prescribed:g}")
     if segmenter.bundle.manifest.has_kp and scoring.kp_w != benchmark.kp_w:
         notes.append(f"KP share {scoring.kp_w:g}, the protocol has {benchmark.kp_w:g}")
+    if scoring.contrast:
+        notes.append(f"contrast prompts: {', '.join(scoring.contrast)}")
     if segmenter.flip:
         notes.append("masks are the mean over the image and its mirror image")
     if total < len(dataset):

@@ -31,22 +31,33 @@ class Scoring:
     kp_w: share of the KP branch.
     pamr: whether masks are refined.
     fit: how images reach the model.
+    contrast: more prompts, whose pixels are background.
     """
 
     threshold: float | None
     kp_w: float
     pamr: bool
     fit: str
+    contrast: tuple[str, ...] = ()
 
 
 def scoring_for(
-    benchmark: Benchmark, manifest: Manifest, *, fit: str, pamr: bool, threshold: float | None, kp_w: float | None
+    benchmark: Benchmark,
+    manifest: Manifest,
+    *,
+    fit: str,
+    pamr: bool,
+    threshold: float | None,
+    kp_w: float | None,
+    contrast: tuple[str, ...] = (),
 ) -> Scoring:
     """What is given, else what the benchmark prescribes, else what the model recommends.
 
     Raises:
-        InputError: a threshold is given, but the benchmark has no background.
+        InputError: a threshold or contrast prompts are given, but the benchmark has no background.
     """
+    if contrast and not benchmark.background:
+        raise InputError(f"{benchmark.title} has no background, which contrast prompts would stand for")
     if threshold is not None and not benchmark.background:
         raise InputError(f"{benchmark.title} has no background, so the threshold {threshold:g} would have no effect")
     model_threshold = manifest.thresholds.background_pamr if pamr else manifest.thresholds.background
@@ -59,16 +70,17 @@ def scoring_for(
         share = 0.0
     else:
         share = next(value for value in (kp_w, benchmark.kp_w, manifest.kp_w) if value is not None)
-    return Scoring(threshold=chosen, kp_w=share, pamr=pamr, fit=fit)
+    return Scoring(threshold=chosen, kp_w=share, pamr=pamr, fit=fit, contrast=contrast)
 
 
-def prompts_for(segmenter: Segmenter, benchmark: Benchmark) -> PromptSet:
-    """Embed a benchmark's classes: in its own templates to the letter, or in the model's where it has none."""
+def prompts_for(segmenter: Segmenter, benchmark: Benchmark, names: Sequence[str] | None = None) -> PromptSet:
+    """Embed a benchmark's classes, or other names: in its own templates to the letter, or in the model's without."""
+    names = benchmark.names if names is None else names
     if not benchmark.templates:
-        return segmenter.prompts(benchmark.names)
+        return segmenter.prompts(names)
     return embed_texts(
-        benchmark.names,
-        benchmark.texts(),
+        names,
+        benchmark.texts(names),
         tokenizer=Tokenizer.from_bundle(segmenter.bundle),
         encode_text=segmenter.backend.encode_text,
         text_encoder_hash=segmenter.bundle.text_encoder_hash,
@@ -90,6 +102,7 @@ class Predictor:
         self._offset = int(dataset.benchmark.background)
         self._views = dataset.views
         self._every = prompts_for(segmenter, dataset.benchmark)
+        self._contrast = prompts_for(segmenter, dataset.benchmark, scoring.contrast) if scoring.contrast else None
 
     def predict(self, example: Example) -> dict[str, tuple[LabelNumbers, float]]:
         """Class of every pixel, (H, W), and milliseconds, by view.
@@ -102,6 +115,7 @@ class Predictor:
             "background": self._scoring.threshold is not None,
             "kp_w": self._scoring.kp_w,
             "pamr": self._scoring.pamr,
+            "contrast": self._contrast,
         }
         if len(self._views) == 1:
             (view,) = self._views

@@ -115,6 +115,12 @@ def eval_(
     flip: Annotated[
         bool, typer.Option("--flip", help="Look at each image mirrored as well and take the mean (twice the time).")
     ] = False,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contrast", metavar="PROMPT", help="What else may be there: its pixels are background. Repeatable."
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for what was counted, results and pictures.")
     ] = _DEFAULT_OUTPUT,
@@ -127,7 +133,7 @@ def eval_(
 ) -> None:
     """Measure mIoU and latency; run the same command again to go on after an interruption."""
     keys = _keys(benchmark or [_SHAPES])
-    _check_usage(keys, data, names, precision, compare, threshold)
+    _check_usage(keys, data, names, precision, compare, threshold=threshold is not None, contrast=bool(contrast))
     from tclkit.calib import EvaluationSettings, Share
 
     settings = EvaluationSettings(
@@ -140,6 +146,7 @@ def eval_(
         limit=limit,
         windows_per_run=windows,
         flip=flip,
+        contrast=tuple(contrast or ()),
     )
     share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
     outcome = Outcome()
@@ -176,7 +183,7 @@ def _check_usage(
     names: Path | None,
     precision: PrecisionName,
     compare: str | None,
-    threshold: float | None,
+    **for_background: bool,
 ) -> None:
     from tclkit.calib.benchmarks import published_benchmarks
 
@@ -196,8 +203,8 @@ def _check_usage(
         if precision is not PrecisionName.AUTO:
             raise typer.BadParameter("--precision and --compare exclude each other")
     flat = [key for key in keys if key in published_benchmarks() and not published_benchmarks()[key].background]
-    if threshold is not None and flat:
-        raise typer.BadParameter(f"--threshold has no effect on {', '.join(flat)}: no background there")
+    for option in (name for name, is_given in for_background.items() if is_given and flat):
+        raise typer.BadParameter(f"--{option} has no effect on {', '.join(flat)}: no background there")
 
 
 def _opened(key: str, data: Path | None, names: Path | None, settings: "EvaluationSettings") -> "Dataset":

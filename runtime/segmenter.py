@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .backends import Backend, Features, choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BackendError, InputError, TclkitError
-from .labels import labels_from_masks
+from .labels import labels_from_masks, without_contrast
 from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
 from .preprocess import FitPlan, check_fit, check_image, plan_fit
@@ -82,6 +82,14 @@ class _Options:
     kp_w: float
     pamr: bool
     floor: float | None  # prompts that stay below it everywhere need not be refined; None refines all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Asked:
+    """Prompts of one call: the first `count` were named, the others are contrast."""
+
+    every: PromptSet
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -252,6 +260,7 @@ class Segmenter:
         kp_w: float | None = None,
         pamr: bool = False,
         fit: str = "whole",
+        contrast: Prompts | None = None,
     ) -> Segmentation:
         """Segment one image.
 
@@ -264,14 +273,15 @@ class Segmenter:
             pamr: refine masks along the edges of the image; slower. Prompts that cannot label a pixel are left as they
                 are: the label map is that of refining all.
             fit: "whole" pads, "stretch" distorts, "slide" covers the image with windows as the published protocol.
+            contrast: more prompts, for what else may be there; a pixel that one of them wins is background.
 
         Raises:
             InputError: not an image, or a bad prompt or option.
             BackendError: the model could not be run.
         """
         options = self._options(threshold, background, kp_w, pamr)
-        prompt_set = self._prompt_set(prompts)
-        return self._segment(self._prepare(image_hwc, fit), prompt_set, options)
+        asked = self._asked(prompts, contrast)
+        return self._segment(self._prepare(image_hwc, fit), asked, options)
 
     def features(self, image_hwc: NDArray[np.uint8], *, fit: str = "whole") -> ImageFeatures:
         """Run the image graph alone; ask the result with `segment` or `masks`, for the price of the head.
@@ -302,13 +312,14 @@ class Segmenter:
         background: bool = True,
         kp_w: float | None = None,
         pamr: bool = False,
+        contrast: Prompts | None = None,
     ) -> Segmentation:
         """Segment an image whose features are there; arguments and errors as in a call."""
         options = self._options(threshold, background, kp_w, pamr)
-        prompt_set = self._prompt_set(prompts)
+        asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
-        fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, timings)
-        return self._labelled(features.image_hwc, features.plan, fitted, prompt_set, options, timings)
+        fitted = self._fitted_masks(features.plan, features.inputs, features.features, asked.every, options, timings)
+        return self._labelled(features.image_hwc, features.plan, fitted, asked, options, timings)
 
     def masks(
         self, features: ImageFeatures, prompts: Prompts, *, kp_w: float | None = None, pamr: bool = False
@@ -332,6 +343,7 @@ class Segmenter:
         kp_w: float | None = None,
         pamr: bool = False,
         fit: str = "whole",
+        contrast: Prompts | None = None,
     ) -> Generator[Segmentation, None, None]:
         """Segment frames one after another; the next is fetched and prepared while the model runs on the current one.
 
@@ -347,17 +359,18 @@ class Segmenter:
             One Segmentation a frame, in order.
         """
         options = self._options(threshold, background, kp_w, pamr)
+        contrast = None if contrast is None else self._prompt_set(contrast)
         ask = prompts if callable(prompts) else _always(self._prompt_set(prompts))
         check_fit(fit)  # now, not at the first frame
-        return self._streamed(frames, ask, options, fit)
+        return self._streamed(frames, lambda: self._asked(ask(), contrast), options, fit)
 
     def _streamed(
-        self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], Prompts], options: _Options, fit: str
+        self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], _Asked], options: _Options, fit: str
     ) -> Generator[Segmentation, None, None]:
         prepared_frames = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit))
         try:
             for prepared in prepared_frames:
-                yield self._segment(prepared, self._prompt_set(ask()), options)
+                yield self._segment(prepared, ask(), options)
         finally:
             prepared_frames.close()
 
@@ -370,13 +383,13 @@ class Segmenter:
         inputs = tuple(plan.inputs(image, self._pad_rgb))
         return _Prepared(image_hwc=image, plan=plan, inputs=inputs, preprocess_ms=_elapsed_ms(start))
 
-    def _segment(self, prepared: _Prepared, prompts: PromptSet, options: _Options) -> Segmentation:
+    def _segment(self, prepared: _Prepared, asked: _Asked, options: _Options) -> Segmentation:
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
         features = self._window_features(prepared, timings)
-        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, prompts, options, timings)
+        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, asked.every, options, timings)
         self._counters["images"] += 1
-        return self._labelled(prepared.image_hwc, prepared.plan, fitted, prompts, options, timings)
+        return self._labelled(prepared.image_hwc, prepared.plan, fitted, asked, options, timings)
 
     def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
         """Features run by run of the image graph, so that those of many windows need not be held."""
@@ -470,16 +483,18 @@ class Segmenter:
         image_hwc: NDArray[np.uint8],
         plan: FitPlan,
         fitted: NDArray[np.float32],
-        prompts: PromptSet,
+        asked: _Asked,
         options: _Options,
         timings: dict[str, float],
     ) -> Segmentation:
         with self._timed("labels", timings):
             labels = labels_from_masks(fitted, plan.source_size, options.threshold)
+            if asked.count < len(asked.every):
+                labels = without_contrast(labels, asked.count)
         return segmentation_from_masks(
             image_hwc,
-            prompts.names,
-            fitted,
+            asked.every.names[: asked.count],
+            fitted[: asked.count],
             options.threshold,
             labels=labels,
             settings={
@@ -509,6 +524,18 @@ class Segmenter:
             raise InputError(f"{self.model} was exported without the KP branch, but kp_w is {kp_w}; take kp_w 0")
         share = manifest.kp_w if kp_w is None else kp_w
         return _Options(threshold=threshold, kp_w=share, pamr=pamr, floor=threshold)
+
+    def _asked(self, prompts: Prompts, contrast: Prompts | None) -> _Asked:
+        named = self._prompt_set(prompts)
+        if contrast is None or not len(contrast):
+            return _Asked(every=named, count=len(named))
+        more = self._prompt_set(contrast)
+        every = PromptSet(
+            names=(*named.names, *more.names),
+            embeddings=np.concatenate([named.embeddings, more.embeddings]),
+            key=named.key,
+        )
+        return _Asked(every=every, count=len(named))
 
     def _prompt_set(self, prompts: Prompts) -> PromptSet:
         if not isinstance(prompts, PromptSet):

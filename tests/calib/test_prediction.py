@@ -137,3 +137,31 @@ def test_the_models_thresholds_where_a_benchmark_has_none(tiny_bundle_folder: Pa
         assert (found.threshold, found.kp_w) == (threshold, manifest.kp_w)
     with pytest.raises(InputError, match="has no background"):
         scoring_for(benchmark_named("ade20k"), manifest, fit="slide", pamr=False, threshold=0.5, kp_w=None)
+
+
+def test_contrast_prompts_take_pixels_for_the_background(segmenter: Segmenter, example: Example) -> None:
+    benchmark = replace(benchmark_named("voc"), templates=(), names=("car",))
+    scoring = scoring_for(
+        benchmark,
+        segmenter.bundle.manifest,
+        fit="whole",
+        pamr=False,
+        threshold=0.0,
+        kp_w=0.0,
+        contrast=("sky", "tree"),
+    )
+    labels = Predictor(segmenter, dataset(benchmark, ("all",)), scoring).predict(example)["all"][0]
+    assert (labels[example.truth == 1] == 1).mean() > 0.98
+    assert (labels[example.truth == 2] == 0).mean() > 0.98
+    alone = Predictor(segmenter, dataset(benchmark, ("all",)), replace(scoring, contrast=())).predict(example)["all"][0]
+    assert (alone[example.truth == 2] == 1).all()  # nothing else to give them to
+    with pytest.raises(InputError, match="has no background, which contrast prompts would stand for"):
+        scoring_for(
+            benchmark_named("voc20"),
+            segmenter.bundle.manifest,
+            fit="slide",
+            pamr=False,
+            threshold=None,
+            kp_w=None,
+            contrast=("sky",),
+        )

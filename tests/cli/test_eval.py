@@ -255,6 +255,7 @@ def test_ranks_and_workers(invoke: Invoke, here: Path, mini: ModuleType, model: 
         (["--compare", "fp32,fp8"], "not 'fp8'"),
         (["--compare", "fp32,fp16", "--precision", "fp16"], "exclude each other"),
         (["-b", "ade20k", "--data", "d", "--threshold", "0.5"], "no effect on ade20k"),
+        (["-b", "voc20", "--data", "d", "--contrast", "sky"], "no effect on voc20"),
         (["--limit", "0"], "--limit"),
         (["--threshold", "2"], "not in the range"),
     ],

@@ -433,3 +433,26 @@ def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
     assert np.abs(found - straight).max() > 0.1
     result = flipping(image, NAMES, pamr=pamr, fit=fit)
     assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+def test_pixels_of_contrast_prompts_are_background(segmenter: Segmenter, scene: Image, pamr: bool) -> None:
+    plain = segmenter(scene, ["red", "green"], kp_w=0, pamr=pamr)
+    assert plain.areas["green"] > 0.3
+    result = segmenter(scene, ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    assert result.names == ("red",)
+    assert dict(result.areas) == {"red": plain.areas["red"]}
+    np.testing.assert_array_equal(result.label_map == 0, plain.label_map == 0)
+    assert result.soft_masks.shape == (1, 64, 64)
+    asked_later = segmenter.segment(segmenter.features(scene), ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    np.testing.assert_array_equal(asked_later.label_map, result.label_map)
+    (streamed,) = segmenter.stream([scene], ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    np.testing.assert_array_equal(streamed.label_map, result.label_map)
+
+
+def test_contrast_decides_where_a_threshold_cannot(segmenter: Segmenter, scene: Image) -> None:
+    """Without a background every pixel is red's; a prompt for the rest takes it away."""
+    assert segmenter(scene, ["red"], kp_w=0, background=False).areas["red"] == 1
+    result = segmenter(scene, ["red"], kp_w=0, background=False, contrast=["green"])
+    assert (result.label_map[scene[..., 1] == 255] == -1).mean() > 0.99
+    assert segmenter(scene, ["red"], kp_w=0, contrast=[]).areas == segmenter(scene, ["red"], kp_w=0).areas
