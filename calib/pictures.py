@@ -51,7 +51,7 @@ def draw_confusion(counts: Counts, classes: Sequence[str], *, title: str = "") -
     square = counts[:count][np.ix_(seen, seen)].astype(np.float64)
     shares = square / np.maximum(counts[seen].sum(1, keepdims=True), 1)
     cell = next(pixels for up_to, pixels in _CELL_PX if len(seen) <= up_to)
-    font = _font(max(9, round(cell * 0.55)))
+    font = _font(min(14, max(9, round(cell * 0.55))))
     names = [printable_text(classes[index], font) for index in seen]
     wide = math.ceil(max((font.getlength(name) for name in names), default=0)) + 2 * _MARGIN_PX
     absent = count - len(seen)

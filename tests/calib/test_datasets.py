@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from tclkit.calib.benchmarks import benchmark_named
 from tclkit.calib.datasets import missing_files, missing_parts, open_benchmark, open_own_data
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.images import load_image
 
 
 @pytest.fixture
@@ -154,3 +156,13 @@ def test_a_users_own_folder_that_lacks_something(mini: ModuleType, tmp_path: Pat
     (tmp_path / "names.txt").write_text("a\n")
     with pytest.raises(InputError, match="no images below"):
         open_own_data(tmp_path)
+
+
+@pytest.mark.parametrize("quality", [75, 98])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_photographs_are_decoded_as_mmsegmentation_does(tmp_path: Path, quality: int, subsampling: int) -> None:
+    """It reads them with OpenCV; the bytes are the same."""
+    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (12, 20, 3)).astype(np.uint8), (201, 123))
+    Image.fromarray(image).save(tmp_path / "photo.jpg", quality=quality, subsampling=subsampling)
+    expected = cv2.imread(str(tmp_path / "photo.jpg"))[..., ::-1]
+    np.testing.assert_array_equal(load_image(tmp_path / "photo.jpg"), expected)
