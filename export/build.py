@@ -130,7 +130,8 @@ def build_engine(
     if missing is not None and config.precision == "fp32":
         return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), missing=missing)
     report = progress or _silent
-    text_ND = embedded_prompts(source, config.prompts)
+    most = None if config.prepare_only or missing is not None else config.engine.max_prompts
+    text_ND = embedded_prompts(source, config.prompts, most=most)
     graphs: list[PreparedGraph] = []
     engines: list[EngineBuild] = []
     verdicts: list[Verdict] = []

@@ -57,10 +57,28 @@ def gate_on(
     )
 
 
-def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None) -> NDArray[np.float32]:
-    """Embeddings (N, D) of the prompts to judge with; None: `default_prompts`."""
+def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None, *, most: int | None) -> NDArray[np.float32]:
+    """Embed the prompts to judge with.
+
+    Args:
+        bundle: whose text encoder embeds them.
+        prompts: None: `default_prompts`, as many as may be.
+        most: prompts that the engines take; None: any number.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        InputError: more prompts were given than the engines take.
+    """
+    if prompts is not None and most is not None and len(prompts) > most:
+        raise InputError(
+            f"{len(prompts)} prompts to judge with, but the engines take {most}: give fewer, or build engines for more "
+            "(--max-prompts)"
+        )
+    chosen = list(prompts or default_prompts(bundle))[:most]
     segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle), cache=TextCache())
-    return segmenter.prompts(list(prompts or default_prompts(bundle))).embeddings
+    return segmenter.prompts(chosen).embeddings
 
 
 def prompts_from_file(path: Path) -> tuple[str, ...]:
@@ -81,7 +99,7 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 def sample_batches(bundle: Bundle, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """The sample scenes of the package, each whole and its middle enlarged, as batches of one image of a graph's size."""
+    """The sample scenes of the package, each whole and its middle enlarged, one a batch, at the size of a graph."""
     images = [load_image(path) for path in sorted(_SAMPLES.glob("*.png"))]
     images += [_middle(image) for image in images]
     colour = pad_colour(bundle)

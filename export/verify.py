@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
-from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine
+from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine, read_engines
 from tclkit.runtime.errors import TclkitError
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -115,7 +115,9 @@ def verify_bundle(
     """
     bundle = open_bundle(model)
     report = progress or _silent
-    text_ND = embedded_prompts(bundle, prompts)
+    engines = [engine.record for engine in read_engines(bundle)]
+    most = min((record.max_prompts for record in engines), default=None)
+    text_ND = embedded_prompts(bundle, prompts, most=most)
     backend = OnnxRuntimeBackend(bundle)
     verdicts: list[Verdict] = []
     problems: dict[str, str] = {}

@@ -351,6 +351,17 @@ def test_options_of_the_builder_reach_the_side_car(folder: Path, tensorrt_simula
         assert build.record.flags == ("version-compatible",)
 
 
+def test_the_gate_asks_no_more_prompts_than_the_engine_takes(
+    folder: Path, tensorrt_simulator: Callable[..., Any]
+) -> None:
+    tensorrt_simulator("10.3.0")
+    few = EngineOptions(max_prompts=4)
+    result = build_engine(folder, config("fp32", None, prepare_only=False, engine=few))
+    assert result.verdicts[0].figures.prompts == 4
+    with pytest.raises(InputError, match=r"5 prompts to judge with, but the engines take 4.*--max-prompts"):
+        build_engine(folder, config("fp32", None, prepare_only=False, engine=few, prompts=tuple("abcde")))
+
+
 def test_building_needs_no_torch() -> None:
     code = (
         "import sys, tclkit.export.build, tclkit.export.verify\n"
