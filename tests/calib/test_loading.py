@@ -11,10 +11,12 @@ from tclkit.runtime.errors import InputError
 
 
 class Slow:
-    """A data set whose later images are faster, of which one is broken and one too large."""
+    """A data set of which one image is broken and one too large. Its first loads wait until `threads` of them run."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self.running = self.most_running = self.loaded = 0
+        self._together = threading.Barrier(threads)
+        self._meeting = threads
         self._lock = threading.Lock()
 
     def name(self, index: int) -> str:
@@ -24,6 +26,9 @@ class Slow:
         with self._lock:
             self.running += 1
             self.most_running = max(self.most_running, self.running)
+            is_met, self._meeting = self._meeting > 0, self._meeting - 1
+        if is_met:
+            self._together.wait(timeout=30)
         time.sleep(0.02 if index % 2 == 0 else 0.001)
         with self._lock:
             self.running -= 1
@@ -41,7 +46,7 @@ def loaded(dataset: Slow, indices: list[int], threads: int) -> Iterator[tuple[in
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_order_is_kept_and_errors_take_their_places(threads: int) -> None:
-    dataset = Slow()
+    dataset = Slow(threads)
     found = list(loaded(dataset, [6, 1, 3, 4, 0], threads))
     assert [index for index, _ in found] == [6, 1, 3, 4, 0]
     for index, example in found:
