@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
     from .evaluation import Evaluation, EvaluationSettings, Share, ViewResult, evaluate
     from .gallery import Extremes, find_extremes
-    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
+    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, mse_limit, percentile_limit
     from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
     from .pictures import GalleryItem, draw_confusion, draw_gallery
     from .prepare import Prepared, prepare_labels
@@ -50,6 +50,7 @@ __all__ = [
     "iou_from_confusion",
     "mean_iou",
     "missing_parts",
+    "mse_limit",
     "open_benchmark",
     "open_own_data",
     "percentile_limit",
@@ -66,7 +67,7 @@ _HOMES = {
     "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),
     "evaluation": ("Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
     "gallery": ("Extremes", "find_extremes"),
-    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "percentile_limit"),
+    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "mse_limit", "percentile_limit"),
     "metrics": (
         "Scores",
         "confusion_from_labels",

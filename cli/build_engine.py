@@ -31,6 +31,7 @@ EXIT_NO_TENSORRT = 3
 class RangeMethod(str, Enum):
     """Values of --ranges."""
 
+    MSE = "mse"
     ENTROPY = "entropy"
     MINMAX = "minmax"
     PERCENTILE = "percentile"
@@ -56,8 +57,8 @@ def build_engine(
         bool, typer.Option("--auto", help="Search for the most INT8 that passes the gate, block by block.")
     ] = False,
     ranges: Annotated[
-        RangeMethod, typer.Option("--ranges", metavar="METHOD", help="entropy, minmax or percentile.")
-    ] = RangeMethod.ENTROPY,
+        RangeMethod, typer.Option("--ranges", metavar="METHOD", help="mse, entropy, minmax or percentile.")
+    ] = RangeMethod.MSE,
     smoothing: Annotated[
         float | None,
         typer.Option(

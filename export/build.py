@@ -49,7 +49,7 @@ class BuildConfig:
     tier: of INT8: "all" layers, "decoder-only" (the transformer in half precision), or "auto", the most that passes.
     calibration: a folder, glob, video, shards or list of images; INT8 needs it, FP16 takes the sample scenes without.
     calibration_images, seed: how many of them, and which.
-    range_method: how activation ranges are found: "entropy", "minmax" or "percentile".
+    range_method: how activation ranges are found: "mse", "entropy", "minmax" or "percentile".
     smoothing: strength of SmoothQuant in 0..1; None leaves it out.
     sizes: (H, W) of the image graphs to build; None: all of the bundle.
     prompts: what the gate asks for; None: a list that fits the model.
@@ -63,7 +63,7 @@ class BuildConfig:
     calibration: str | None = None
     calibration_images: int = 256
     seed: int = 0
-    range_method: Literal["entropy", "minmax", "percentile"] = "entropy"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
     sizes: tuple[tuple[int, int], ...] | None = None
     prompts: tuple[str, ...] | None = None

@@ -59,7 +59,7 @@ _REMEDIES = {
     "int8": "Quantise less: --auto finds the most INT8 that passes, --decoder-only keeps the transformer in half "
     "precision; or calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512)",
     "int8 decoder-only": "Calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512), "
-    "try --ranges minmax, or take --fp16",
+    "try --ranges minmax or entropy, or take --fp16",
     "int8 auto": "The search passed on the images it saw, the gate saw others: give more images of your own kind "
     "(--calibration FOLDER --calibration-images 512), or take --decoder-only or --fp16",
 }

@@ -36,7 +36,7 @@ class PrecisionConfig:
 
     precision: Literal["fp16", "int8"]
     tier: Literal["all", "decoder-only", "auto"] = "all"
-    range_method: Literal["entropy", "minmax", "percentile"] = "entropy"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
 
 
