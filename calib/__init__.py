@@ -8,32 +8,76 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import absolute_maxima, activation_ranges, float_tensor_maxima
+    from .benchmarks import Benchmark, benchmark_named, published_benchmarks
     from .calibration_images import CalibrationProgress, CalibrationSet, ImageBatches, select_images
-    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
-    from .metrics import confusion_from_labels, iou_from_confusion, mean_iou
+    from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
+    from .evaluation import Evaluation, EvaluationSettings, Share, ViewResult, evaluate
+    from .gallery import Extremes, find_extremes
+    from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, mse_limit, percentile_limit
+    from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
+    from .pictures import GalleryItem, draw_confusion, draw_gallery
+    from .prepare import Prepared, prepare_labels
 
 __all__ = [
     "RANGE_METHODS",
+    "Benchmark",
     "CalibrationProgress",
     "CalibrationSet",
+    "Dataset",
+    "Evaluation",
+    "EvaluationSettings",
+    "Example",
+    "Extremes",
+    "FolderDataset",
+    "GalleryItem",
     "ImageBatches",
+    "Prepared",
     "RangeMethod",
+    "Scores",
+    "Share",
+    "ViewResult",
     "absolute_maxima",
     "activation_ranges",
+    "benchmark_named",
     "confusion_from_labels",
+    "count_pixels",
+    "draw_confusion",
+    "draw_gallery",
     "entropy_limit",
+    "evaluate",
+    "find_extremes",
     "float_tensor_maxima",
     "iou_from_confusion",
     "mean_iou",
+    "missing_parts",
+    "mse_limit",
+    "open_benchmark",
+    "open_own_data",
     "percentile_limit",
+    "prepare_labels",
+    "published_benchmarks",
+    "scores_from_counts",
     "select_images",
 ]
 
 _HOMES = {
     "activations": ("absolute_maxima", "activation_ranges", "float_tensor_maxima"),
+    "benchmarks": ("Benchmark", "benchmark_named", "published_benchmarks"),
     "calibration_images": ("CalibrationProgress", "CalibrationSet", "ImageBatches", "select_images"),
-    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "percentile_limit"),
-    "metrics": ("confusion_from_labels", "iou_from_confusion", "mean_iou"),
+    "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),
+    "evaluation": ("Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
+    "gallery": ("Extremes", "find_extremes"),
+    "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "mse_limit", "percentile_limit"),
+    "metrics": (
+        "Scores",
+        "confusion_from_labels",
+        "count_pixels",
+        "iou_from_confusion",
+        "mean_iou",
+        "scores_from_counts",
+    ),
+    "pictures": ("GalleryItem", "draw_confusion", "draw_gallery"),
+    "prepare": ("Prepared", "prepare_labels"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tclkit.runtime.errors import InputError
 
 from ._measured_graph import Batch, Measurement, Tensors
-from .histograms import LEVELS, RANGE_METHODS, RangeMethod, entropy_limit, percentile_limit
+from .histograms import LEVELS, RANGE_METHODS, RangeMethod, entropy_limit, mse_limit, percentile_limit
 from .ranges_cache import Values, remembered
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def activation_ranges(
     tensors: Sequence[str],
     batches: Iterable[Batch],
     *,
-    method: RangeMethod = "entropy",
+    method: RangeMethod = "mse",
     percentile: float = 99.99,
     bins: int = 2048,
     content_hash: str | None = None,
@@ -102,16 +102,16 @@ def activation_ranges(
 ) -> dict[str, float]:
     """Choose the symmetric range of tensors for 8 bits: the magnitude that becomes 127.
 
-    `minmax` takes the largest magnitude, in one pass over the images. `entropy` and `percentile` take a second pass,
-    in which every value is counted in 32766 steps of that magnitude; see `entropy_limit` and `percentile_limit`.
-    Memory does not grow with the number of images: at most 256 MB of activations (or one tensor, if that is larger)
-    are outside ONNX Runtime at a time; more of them take further passes.
+    `minmax` takes the largest magnitude, in one pass over the images. The others take a second pass, in which every
+    value is counted in 32766 steps of that magnitude; see `mse_limit`, `entropy_limit` and `percentile_limit`. Memory
+    does not grow with the number of images: at most 256 MB of activations (or one tensor, if that is larger) are
+    outside ONNX Runtime at a time; more of them take further passes.
 
     Args:
         model: an ONNX graph; it is not changed.
         tensors: names of float tensors: inputs of the graph, or what its nodes produce.
         batches: as for `absolute_maxima`, and to be iterated more than once: a list or a `CalibrationSet.calibration`.
-        method: "entropy", "minmax" or "percentile".
+        method: "mse", "entropy", "minmax" or "percentile".
         percentile: in (0, 100]; of all values of a tensor, so many % lie within its range.
         bins: bins of magnitudes that entropy compares, 128 to 32766.
         content_hash: see `absolute_maxima`.
@@ -135,6 +135,7 @@ def activation_ranges(
         return dict(_ranges(model, known, names, batches, method, percentile, bins, progress))
 
     all_parameters: dict[str, dict[str, Any]] = {
+        "mse": {},
         "entropy": {"bins": bins},
         "percentile": {"percentile": float(percentile)},
         "minmax": {},
@@ -267,10 +268,10 @@ def _limit(counts: NDArray[np.int64], maximum: float, method: str, percentile: f
     step = maximum / _FINE_STEPS
     if method == "percentile" and percentile == 100:
         return maximum
-    if method == "percentile":
+    if method in ("mse", "percentile"):
+        limit = mse_limit(counts, step) if method == "mse" else percentile_limit(counts, step, percentile)
         # The count of a step holds the values half a step around it.
-        limit = percentile_limit(counts, step, percentile) - step / 2
-        return min(maximum, max(step, limit))
+        return min(maximum, max(step, limit - step / 2))
     coarse = np.minimum(np.arange(counts.size) * bins // _FINE_STEPS, bins - 1)
     return entropy_limit(np.bincount(coarse, counts, bins).astype(np.int64), maximum / bins)
 

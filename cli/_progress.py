@@ -135,6 +135,7 @@ class _WorkBars:
 class _WorkLines:
     def __init__(self) -> None:
         self._last_s = -_LINE_EVERY_S
+        self._last_phase = ""
 
     def download(self, file: str, done_bytes: int, total_bytes: int | None) -> None:
         now_s = time.monotonic()
@@ -147,9 +148,10 @@ class _WorkLines:
 
     def phase(self, what: str, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if done == total or now_s - self._last_s >= _LINE_EVERY_S:
-            self._last_s = now_s
-            say(f"{what} {done}/{total}")
+        text = f"{what} {done}/{total}"
+        if text != self._last_phase and (done == total or now_s - self._last_s >= _LINE_EVERY_S):
+            self._last_s, self._last_phase = now_s, text
+            say(text)
 
 
 def _bytes_text(done_bytes: int, total_bytes: int | None) -> str:

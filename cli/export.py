@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,13 @@ from ._settings import CheckpointArgument, ClipOption, SizeOption
 
 if TYPE_CHECKING:
     from tclkit.runtime import Bundle
+
+
+class KpAttention(str, Enum):
+    """Values of --kp-attention."""
+
+    SELF = "self"
+    NEIGHBOURS = "neighbours"
 
 
 def export(
@@ -27,6 +35,14 @@ def export(
     half_weights: Annotated[
         bool, typer.Option("--half-weights", help="Store weights as float16, in half the space; computed in float32.")
     ] = False,
+    kp_attention: Annotated[
+        KpAttention,
+        typer.Option(
+            "--kp-attention",
+            metavar="WAY",
+            help="Of CLIP's own masks: self, as published, or neighbours (NACLIP's way; not measured on photographs).",
+        ),
+    ] = KpAttention.SELF,
     debug: DebugOption = False,
 ) -> None:
     """Write the bundle of a checkpoint, each graph compared with torch."""
@@ -37,7 +53,14 @@ def export(
 
     with work_display() as display:
         folder = export_bundle(
-            checkpoint, output, clip=clip, sizes=wanted, name=name, half_weights=half_weights, progress=display.step
+            checkpoint,
+            output,
+            clip=clip,
+            sizes=wanted,
+            name=name,
+            kp_attention=kp_attention.value,
+            half_weights=half_weights,
+            progress=display.step,
         )
     report_bundle(open_bundle(folder, verify=False))
 

@@ -1,6 +1,7 @@
 """The `tclkit` command: what its sub-commands share."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -8,8 +9,10 @@ from typer.core import TyperGroup
 
 from ._console import DebugOption, reported_errors
 from .build_engine import build_engine
+from .data import prepare
 from .demo import demo
 from .embed import embed
+from .eval import eval_
 from .export import export
 from .info import info, version_text
 from .pull import pull
@@ -61,11 +64,25 @@ def _make_app() -> typer.Typer:
         "Look": (demo, segment),
         "Get or make a model": (pull, export, train),
         "Compile it": (build_engine, verify),
+        "Judge it": (eval_,),
         "Around it": (embed, info),
     }.items():
         for command in commands:
-            made.command(rich_help_panel=panel)(command)
+            made.command(_command_name(command), rich_help_panel=panel)(command)
+    data = typer.Typer(help="Benchmarks' files: make what is missing.", no_args_is_help=True, rich_markup_mode="rich")
+    data.callback()(_data)  # keeps the sub-command's name, though there is only one
+    data.command()(prepare)
+    made.add_typer(data, name="data", rich_help_panel="Judge it")
     return made
+
+
+def _command_name(command: Callable[..., None]) -> str:
+    """A function's name as a command; the underscore after a name of Python's own goes."""
+    return command.__name__.rstrip("_").replace("_", "-")
+
+
+def _data() -> None:
+    """Benchmarks' files: make what is missing."""
 
 
 app = _make_app()

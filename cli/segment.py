@@ -98,6 +98,12 @@ def segment(
             help="whole: resized to fit inside the model's size; stretch: to that size; slide: overlapping windows.",
         ),
     ] = FitName.WHOLE,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contrast", metavar="PROMPT", help="What else may be there; its pixels count as background. Repeatable."
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Colour the pixels of IMAGE that each PROMPT names."""
@@ -111,6 +117,7 @@ def segment(
         "kp_w": kp,
         "pamr": pamr,
         "fit": fit.value,
+        "contrast": contrast,
     }
     segmenter, prompt_set = _opened(model, backend, precision, prompts or [], bank)
     segmenter.stream([], prompt_set, **settings)  # checks the settings: no image is to blame for them

@@ -48,7 +48,7 @@ def verify(
         if found.verdicts:
             show_verdicts(found.verdicts, title=found.bundle["name"])
         else:
-            say(f"{found.bundle['name']} holds the float32 graphs only, and they are what the others are judged by")
+            say(f"nothing to judge: {found.bundle['name']} has float32 graphs only, and no engine for here")
         for name, why in found.not_for_here.items():
             say(f"{name}: {why}")
     for name, why in found.problems.items():

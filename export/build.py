@@ -25,9 +25,8 @@ from tclkit.runtime.errors import BundleError, ConfigError, InputError
 from tclkit.runtime.files import atomic_file, cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from tclkit.runtime.tensorrt_backend import TensorRTBackend
 
-from .bundle_folder import link_files, new_folder, require_replaceable, write_errors
+from .bundle_folder import link_bundle, new_folder, require_replaceable, write_errors
 from .engine_build import EngineBuild, build_engines, engine_backend, missing_for_engines, remove_outdated_engines
 from .engine_builder import EngineOptions
 from .gate_inputs import embedded_prompts, gate_on, sample_batches
@@ -50,7 +49,7 @@ class BuildConfig:
     tier: of INT8: "all" layers, "decoder-only" (the transformer in half precision), or "auto", the most that passes.
     calibration: a folder, glob, video, shards or list of images; INT8 needs it, FP16 takes the sample scenes without.
     calibration_images, seed: how many of them, and which.
-    range_method: how activation ranges are found: "entropy", "minmax" or "percentile".
+    range_method: how activation ranges are found: "mse", "entropy", "minmax" or "percentile".
     smoothing: strength of SmoothQuant in 0..1; None leaves it out.
     sizes: (H, W) of the image graphs to build; None: all of the bundle.
     prompts: what the gate asks for; None: a list that fits the model.
@@ -64,7 +63,7 @@ class BuildConfig:
     calibration: str | None = None
     calibration_images: int = 256
     seed: int = 0
-    range_method: Literal["entropy", "minmax", "percentile"] = "entropy"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
     sizes: tuple[tuple[int, int], ...] | None = None
     prompts: tuple[str, ...] | None = None
@@ -108,7 +107,7 @@ def build_engine(
     """Give a bundle graphs of a precision, and engines where TensorRT is.
 
     A graph that the bundle holds already (prepared on another machine) is taken as it is when no calibration images are
-    given; engines that fit this machine and that graph are built anew.
+    given; the engine is then judged against that graph.
 
     Args:
         model: name or folder of a bundle.
@@ -130,29 +129,25 @@ def build_engine(
     if missing is not None and config.precision == "fp32":
         return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), missing=missing)
     report = progress or _silent
-    text_ND = embedded_prompts(source, config.prompts)
+    most = None if config.prepare_only or missing is not None else config.engine.max_prompts
+    text_ND = embedded_prompts(source, config.prompts, most=most)
     graphs: list[PreparedGraph] = []
     engines: list[EngineBuild] = []
     verdicts: list[Verdict] = []
     with write_errors(target), new_folder(target) as folder:
-        link_files(source.folder, folder)
-        works = [_SizeWork(source, entry, config, text_ND, report) for entry in entries]
-        for work in works:
+        source = open_bundle(model, verify=False)  # as it is now that nobody else changes it
+        link_bundle(source, folder)
+        for entry in entries:
+            work = _SizeWork(source, entry, config, text_ND, report)
             graph = work.prepare()
             if graph is not None:
-                _install(folder, work.entry, graph)
+                _install(folder, entry, graph)
                 graphs.append(graph)
-            if config.precision != "fp32":
-                verdict = work.judge_graph(folder)
+            verdicts += work.judge_graph(folder, graph)
+            if not config.prepare_only and missing is None:
+                builds, verdict = work.build_engines(folder)
+                engines += builds
                 verdicts.append(verdict)
-                if graph is not None:
-                    _note(folder, verdict, graph.describe() | {"images": dict(work.description)})
-        if not config.prepare_only and missing is None:
-            staged, options = open_bundle(folder, verify=False), _with_timing_cache(config.engine)
-            for work in works:
-                engines += build_engines(staged, work.size, config.precision, options, progress=report)
-            with closing(engine_backend(staged, config.precision, [work.size for work in works])) as backend:
-                verdicts += [work.judge_engine(backend, engines) for work in works]
         remove_outdated_engines(open_bundle(folder, verify=False))
     return BuildResult(bundle=target, verdicts=verdicts, graphs=graphs, engines=engines, missing=missing)
 
@@ -174,11 +169,34 @@ class _SizeWork:
         self._backend = OnnxRuntimeBackend(bundle)
         self._calibration: Iterable[NDArray[np.uint8]]
         self._content_hash: str | None = None
+        self._takes_own = config.calibration is None and config.precision != "fp32" and config.precision in entry.files
         if config.calibration is None:
             self._take_samples()
         else:
             self._select(config.calibration)
-        self._gate = gate_on(bundle, self._backend, self._held_back, text_ND, report)
+        reference: Judged = self._backend
+        self._against = "the float32 graph"
+        if self._takes_own:  # it passed the gate where the images were; here the engine must give what it gives
+            self._announce_own_graph()
+            reference = GraphRunner(onnx.load(bundle.path(entry.files[config.precision])), self._backend)
+            self._thresholds, self._against = THRESHOLDS["fp16"], "its own graph"
+        self._gate = gate_on(bundle, reference, self._held_back, text_ND, report)
+
+    def _announce_own_graph(self) -> None:
+        """Say which graph is taken.
+
+        Raises:
+            InputError: another tier is asked for than the graph was made with.
+        """
+        file = self.entry.files[self._config.precision]
+        made = self._bundle.manifest.checks.get(self._config.precision, {}).get(file, {}).get("made", {})
+        tier = made.get("tier", "all")
+        if self._config.tier not in ("all", tier):
+            raise InputError(
+                f"{file} of {self._bundle.name} quantises {tier}, not {self._config.tier}. To make it anew, "
+                "give images: --calibration FOLDER"
+            )
+        _log.warning("no calibration images were given: %s is taken as the bundle holds it (%s)", file, tier)
 
     def _take_samples(self) -> None:
         if self._config.precision == "int8" and "int8" not in self.entry.files:
@@ -186,7 +204,10 @@ class _SizeWork:
                 "INT8 needs images to calibrate on, of the kind the robot will see: "
                 "--calibration FOLDER (or a quoted glob, a video, a .tar of images, a list of paths)"
             )
-        _log.warning("no calibration images were given: the gate judges on the sample scenes of tclkit only")
+        if not self._takes_own:
+            _log.warning(
+                "no calibration images were given: values are measured and judged on the sample scenes of tclkit only"
+            )
         self._calibration = self._held_back = sample_batches(self._bundle, self.size)
         self.description: Mapping[str, Any] = {"source": {"kind": "samples", "name": "tclkit"}}
 
@@ -209,7 +230,7 @@ class _SizeWork:
     def prepare(self) -> PreparedGraph | None:
         """The graph to install; None when the bundle's own is taken, or float32 is wanted."""
         config = self._config
-        if config.precision == "fp32" or (config.calibration is None and config.precision in self.entry.files):
+        if config.precision == "fp32" or self._takes_own:
             return None
         return prepare_graph(
             onnx.load(self._bundle.path(self.entry.files["fp32"])),
@@ -238,17 +259,25 @@ class _SizeWork:
 
         return judge
 
-    def judge_graph(self, folder: Path) -> Verdict:
-        """Pass the graph of a staged bundle through the gate."""
+    def judge_graph(self, folder: Path, graph: PreparedGraph | None) -> list[Verdict]:
+        """Pass a new graph of a staged bundle through the gate, and note what it said."""
+        if graph is None:
+            return []
         staged, precision = open_bundle(folder, verify=False), self._config.precision
         file = next(e.files[precision] for e in staged.manifest.images if (e.height, e.width) == self.size)
         runner = GraphRunner(onnx.load(staged.path(file)), self._backend)
-        return self._verdict(runner, file, runner.name)
+        verdict = self._verdict(runner, file, runner.name)
+        _note(folder, verdict, graph.describe() | {"images": dict(self.description)})
+        return [verdict]
 
-    def judge_engine(self, backend: TensorRTBackend, engines: Sequence[EngineBuild]) -> Verdict:
-        """Pass the engines of this size, image and masks together, through the gate."""
-        builds = [one for one in engines if one.record.size == self.size and one.record.graph == "image"]
-        return self._verdict(backend, builds[-1].file, backend.reason)
+    def build_engines(self, folder: Path) -> tuple[list[EngineBuild], Verdict]:
+        """Compile the engines of this size and pass them, image and masks together, through the gate."""
+        self._backend.close()  # TensorRT wants the memory
+        staged, config = open_bundle(folder, verify=False), self._config
+        options = _with_timing_cache(config.engine)
+        builds = build_engines(staged, self.size, config.precision, options, progress=self._report)
+        with closing(engine_backend(staged, config.precision, [self.size])) as backend:
+            return builds, self._verdict(backend, builds[0].file, backend.reason)
 
     def _verdict(self, judged: Judged, artefact: str, ran_on: str) -> Verdict:
         def done(count: int) -> None:
@@ -256,9 +285,14 @@ class _SizeWork:
 
         precision = self._config.precision
         figures = self._gate.judge(judged, progress=done)
-        require_parity(figures, self._thresholds, what=artefact, precision=precision)
+        require_parity(figures, self._thresholds, what=artefact, precision=precision, tier=self._config.tier)
         return Verdict(
-            artefact=artefact, precision=precision, figures=figures, thresholds=self._thresholds, ran_on=ran_on
+            artefact=artefact,
+            precision=precision,
+            figures=figures,
+            thresholds=self._thresholds,
+            ran_on=ran_on,
+            against=self._against,
         )
 
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tclkit.runtime.bundle import MANIFEST_NAME
+from tclkit.runtime.bundle import ENGINES_FOLDER, MANIFEST_NAME, Bundle
+from tclkit.runtime.engines import engine_misfit, read_engines
 from tclkit.runtime.errors import ExportError
 from tclkit.runtime.files import atomic_folder
 
@@ -23,12 +24,23 @@ def require_replaceable(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder that takes the place of `out` at the end; what killed runs left beside it is removed first."""
+    """Yield a folder that takes the place of `out` at the end; what killed runs left beside it is removed first.
+
+    Raises:
+        ExportError: another process is writing `out` anew; what it or this one makes would be lost.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
-    with contextlib.ExitStack() as until_renamed, atomic_folder(out) as folder:
-        until_renamed.enter_context(_locked(folder))
-        yield folder
+    with contextlib.ExitStack() as stack:
+        if out.is_dir():
+            try:
+                stack.enter_context(_locked(out))
+            except BlockingIOError as error:
+                message = f"{out} is being written by another tclkit just now. Wait until it has finished"
+                raise ExportError(message, path=str(out)) from error
+        with contextlib.ExitStack() as until_renamed, atomic_folder(out) as folder:
+            until_renamed.enter_context(_locked(folder))
+            yield folder
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -69,13 +81,18 @@ def write_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def link_files(source: Path, target: Path) -> None:
-    """Give a new folder the files of another, subfolders too, at no cost in space where the file system has links."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path.resolve(), place)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(path, place)
+def link_bundle(bundle: Bundle, target: Path) -> None:
+    """Give a new folder the files that a bundle lists, and its engines, at no cost in space where links can be made."""
+    listed = {name: bundle.path(name) for name in bundle.manifest.files}
+    listed[MANIFEST_NAME] = bundle.folder / MANIFEST_NAME
+    for engine in read_engines(bundle):
+        if engine_misfit(bundle, engine, engine.record.device) is None:
+            for path in (engine.path, engine.path.with_suffix(".json")):
+                listed[f"{ENGINES_FOLDER}/{path.name}"] = path
+    for name, path in listed.items():
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), place)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(path, place)

@@ -42,6 +42,7 @@ def export_bundle(
     sizes: Sequence[tuple[int, int]] | None = None,
     name: str | None = None,
     kp_w: float | None = None,
+    kp_attention: str = "self",
     half_weights: bool = False,
     tokenizer_json: str | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -61,6 +62,7 @@ def export_bundle(
             image size, else 448x448.
         name: in bundle.json; None: the checkpoint's own, else the folder's.
         kp_w: default share of the KP branch in 0..1; 0 leaves the branch out of the graphs. None: the checkpoint's.
+        kp_attention: of CLIP's last block in the KP branch: "self" as the published model, or "neighbours".
         half_weights: store large weights as float16, in half the space; the graphs still compute in float32.
         tokenizer_json: text of a tokenizer.json for the text encoder; None: the checkpoint's own, else CLIP's.
         sources: what to note in the provenance besides, for example addresses.
@@ -68,6 +70,7 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be read or needs clip.
+        ConfigError: unknown kp_attention.
         InputError: a size, kp_w or the name is wrong.
         ExportError: the tokenizer does not fit the model, a graph could not be exported, or `out` cannot be written.
         ParityError: a graph differs from torch by too much.
@@ -78,9 +81,12 @@ def export_bundle(
     report("reading the checkpoint", 1)
     content = load_checkpoint(checkpoint)
     model = load_model(content, clip=clip)
+    model.use_kp_attention(kp_attention)
     plan = _plan(content["extra"], model, out, sizes, name, kp_w, half_weights, tokenizer_json)
     report.total = len(plan.sizes) + 5
     provenance = _provenance(content, checkpoint, clip, model, sources) | {"half_weights": half_weights}
+    if kp_attention != "self":
+        provenance |= {"kp_attention": kp_attention}
     with write_errors(out), new_folder(out) as folder:
         images = _write_graphs(model, plan, folder, report)
         (folder / "tokenizer.json").write_text(plan.tokenizer_json, encoding="utf-8")

@@ -1,9 +1,10 @@
 """Engines of a bundle: compiled by TensorRT on this machine, for this machine, and put beside the bundle's graphs."""
 
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.engines import (
@@ -23,6 +24,7 @@ from tclkit.runtime.tensorrt_backend import TensorRTBackend
 
 from .engine_builder import EngineOptions, build_engine_bytes, image_profile, masks_profile
 
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Size = tuple[int, int]
 
@@ -71,16 +73,20 @@ def build_engines(
     device = current_device()
     manifest = bundle.manifest
     entry = next(one for one in manifest.images if (one.height, one.width) == size)
+    if options.dla and options.max_batch > 1:
+        _log.warning("the accelerator takes one batch size: the image engine is built for one image at a time")
+        options = replace(options, max_batch=1)
     profiles = {
         "image": image_profile(*size, options.max_batch),
         "masks": masks_profile(manifest, *size, options.max_batch, options.max_prompts),
     }
     builds = []
     for graph, file in (("image", entry.files[precision]), ("masks", manifest.masks)):
+        chosen = options if graph == "image" else replace(options, dla=False)  # prompts vary, which DLA does not allow
         began = time.monotonic()
         onnx_bytes = bundle.path(file).read_bytes()
         engine = build_engine_bytes(
-            onnx_bytes, profiles[graph], options, progress=_prefixed(f"{graph} engine", progress)
+            onnx_bytes, profiles[graph], chosen, progress=_prefixed(f"{graph} engine", progress)
         )
         record = EngineRecord(
             graph=graph,
@@ -94,7 +100,7 @@ def build_engines(
             system=device.system,
             max_batch=options.max_batch,
             max_prompts=options.max_prompts,
-            flags=_flags(options),
+            flags=_flags(chosen),
             build_s=round(time.monotonic() - began, 1),
         )
         written = write_engine(bundle.folder, record, engine)
@@ -133,14 +139,7 @@ def remove_outdated_engines(bundle: Bundle) -> list[str]:
     """Remove engines whose graph is no longer the bundle's; returns their names."""
     removed = []
     for engine in read_engines(bundle):
-        record = engine.record
-        here = DeviceIdentity(
-            tensorrt_version=record.tensorrt_version,
-            compute_capability=record.compute_capability,
-            device_name=record.device_name,
-            system=record.system,
-        )
-        miss = engine_misfit(bundle, engine, here)
+        miss = engine_misfit(bundle, engine, engine.record.device)
         if miss is not None and miss.reason in ("graph changed", "no graph"):
             engine.path.with_suffix(".json").unlink(missing_ok=True)
             engine.path.unlink(missing_ok=True)

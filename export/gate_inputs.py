@@ -17,7 +17,7 @@ from tclkit.runtime.prompts import unknown_words
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.text_cache import TextCache
 
-from .gates import Gate
+from .gates import Gate, Judged
 
 _SAMPLES = Path(runtime.__file__).parent / "samples"
 
@@ -41,26 +41,44 @@ def default_prompts(bundle: Bundle) -> tuple[str, ...]:
 
 def gate_on(
     bundle: Bundle,
-    backend: OnnxRuntimeBackend,
+    reference: Judged,
     images: Sequence[NDArray[np.uint8]],
     text_ND: NDArray[np.float32],
     report: Callable[[str, int, int], None],
 ) -> Gate:
-    """The gate of a bundle's float32 graph on some batches."""
+    """The gate of a reference, which is a bundle's float32 graph as a rule, on some batches."""
     return Gate(
-        backend,
+        reference,
         images,
         text_ND,
         kp_w=bundle.manifest.kp_w,
         threshold=bundle.manifest.thresholds.background,
-        progress=lambda done: report("reference in float32", done, sum(map(len, images))),
+        progress=lambda done: report("reference", done, sum(map(len, images))),
     )
 
 
-def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None) -> NDArray[np.float32]:
-    """Embeddings (N, D) of the prompts to judge with; None: `default_prompts`."""
+def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None, *, most: int | None) -> NDArray[np.float32]:
+    """Embed the prompts to judge with.
+
+    Args:
+        bundle: whose text encoder embeds them.
+        prompts: None: `default_prompts`, as many as may be.
+        most: prompts that the engines take; None: any number.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        InputError: more prompts were given than the engines take.
+    """
+    if prompts is not None and most is not None and len(prompts) > most:
+        raise InputError(
+            f"{len(prompts)} prompts to judge with, but the engines take {most}: give fewer, or build engines for more "
+            "(--max-prompts)"
+        )
+    chosen = list(prompts or default_prompts(bundle))[:most]
     segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle), cache=TextCache())
-    return segmenter.prompts(list(prompts or default_prompts(bundle))).embeddings
+    return segmenter.prompts(chosen).embeddings
 
 
 def prompts_from_file(path: Path) -> tuple[str, ...]:
@@ -81,7 +99,7 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 def sample_batches(bundle: Bundle, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """The sample scenes of the package, each whole and its middle enlarged, as batches of one image of a graph's size."""
+    """The sample scenes of the package, each whole and its middle enlarged, one a batch, at the size of a graph."""
     images = [load_image(path) for path in sorted(_SAMPLES.glob("*.png"))]
     images += [_middle(image) for image in images]
     colour = pad_colour(bundle)

@@ -2,8 +2,9 @@
 
 Three figures. Label agreement: the share of mask cells that get the same label. Mask IoU: of the cells labelled with a
 prompt (or as background) by one and by the other, the share they have in common, all images together, averaged over
-the labels that occur. Cosine: the mean over cells between both artefacts' features, the worse branch.
-Below a threshold nothing is shipped: ParityError names the figure, the threshold and the ways on.
+the labels that the reference gives to a thousandth of the cells or more. Cosine: the mean over cells between both
+artefacts' features, the worse branch. Below a threshold nothing is shipped: ParityError names the figure, the threshold
+and the ways on.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from tclkit.runtime.backends import Features
 from tclkit.runtime.errors import ConfigError, InputError, ParityError
 
 BACKGROUND = -1
+_RAREST_LABEL = 1e-3  # share of cells; the IoU of rarer labels hangs on single cells
 _SMALLEST_LABELLED = 1e-3  # share of cells; below it the reference finds nothing, and all would agree on nothing
 
 
@@ -38,6 +40,10 @@ class GateThresholds:
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}; a threshold of the gate is in 0..1", key=name)
 
+    def with_reserve(self, reserve: float) -> "GateThresholds":
+        """Stricter thresholds, which leave this share (0..1) of the allowed loss unused."""
+        return GateThresholds(**{name: value + reserve * (1 - value) for name, value in asdict(self).items()})
+
 
 THRESHOLDS: Mapping[str, GateThresholds] = {
     "fp32": GateThresholds(label_agreement=0.999, mask_iou=0.995, features_cosine=0.9999),
@@ -52,6 +58,10 @@ _REMEDIES = {
     "that the layers in question are found and stay in float32; or take --fp32",
     "int8": "Quantise less: --auto finds the most INT8 that passes, --decoder-only keeps the transformer in half "
     "precision; or calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512)",
+    "int8 decoder-only": "Calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512), "
+    "try --ranges minmax or entropy, or take --fp16",
+    "int8 auto": "The search passed on the images it saw, the gate saw others: give more images of your own kind "
+    "(--calibration FOLDER --calibration-images 512), or take --decoder-only or --fp16",
 }
 
 
@@ -164,7 +174,7 @@ class Gate:
             done += len(reference.images)
             if progress:
                 progress(done)
-        occurs = theirs > 0
+        occurs = theirs >= max(1, _RAREST_LABEL * theirs.sum())
         return GateFigures(
             label_agreement=float(shared.sum() / theirs.sum()),
             mask_iou=float((shared[occurs] / (ours + theirs - shared)[occurs]).mean()),
@@ -185,7 +195,7 @@ class Verdict:
     """What the gate said of one artefact.
 
     artefact: file name of the graph, or of the engine. figures, thresholds: see the gate.
-    ran_on: what ran it when it was judged.
+    ran_on: what ran it when it was judged. against: what it was compared with.
     """
 
     artefact: str
@@ -193,6 +203,7 @@ class Verdict:
     figures: GateFigures
     thresholds: GateThresholds
     ran_on: str
+    against: str = "the float32 graph"
 
     @property
     def passed(self) -> bool:
@@ -200,14 +211,16 @@ class Verdict:
         return not self.figures.failures(self.thresholds)
 
 
-def require_parity(figures: GateFigures, thresholds: GateThresholds, *, what: str, precision: str) -> None:
+def require_parity(
+    figures: GateFigures, thresholds: GateThresholds, *, what: str, precision: str, tier: str = "all"
+) -> None:
     """Refuse an artefact below the gate.
 
     Args:
         figures: of the artefact.
         thresholds: of its precision.
         what: its name, for the message.
-        precision: decides which remedies are named.
+        precision, tier: decide which remedies are named.
 
     Raises:
         ParityError: a figure is below its threshold.
@@ -215,9 +228,10 @@ def require_parity(figures: GateFigures, thresholds: GateThresholds, *, what: st
     failures = figures.failures(thresholds)
     if failures:
         shown = [f"{name} {getattr(figures, name):.4f} (needs {getattr(thresholds, name)})" for name in failures]
+        remedy = _REMEDIES.get(f"{precision} {tier}", _REMEDIES[precision])
         raise ParityError(
             f"{what} differs too much from the float32 graph on {figures.images} images: {', '.join(shown)}. "
-            f"The bundle is as it was. {_REMEDIES[precision]}",
+            f"The bundle is as it was. {remedy}",
             figures=figures,
             thresholds=thresholds,
             precision=precision,

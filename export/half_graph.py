@@ -75,7 +75,21 @@ def _single_nodes(model: onnx.ModelProto, index: GraphIndex, wide: set[str]) -> 
             single.add(node.output[0])
         if node.op_type == _TO_LENGTH_ONE:
             single |= {node.output[0], *_readers_to_division(index, node.output[0])}
-    return single
+    return single | _pairs_of_single_nodes(model, index, single, wide)
+
+
+def _pairs_of_single_nodes(model: onnx.ModelProto, index: GraphIndex, single: set[str], wide: set[str]) -> set[str]:
+    """What Q/DQ pairs add: behind a pair values are as wide as before it, and a layer reads both its pairs alike."""
+    more: set[str] = set()
+    dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    for node in dequantizers:
+        maker = index.maker.get(node.input[0])
+        if maker is not None and maker.input[0] in wide:
+            more |= {node.output[0], *(reader.output[0] for reader in index.readers[node.output[0]])}
+    for node in dequantizers:
+        if any(reader.output[0] in single | more for reader in index.readers[node.output[0]]):
+            more.add(node.output[0])
+    return more
 
 
 def _readers_to_division(index: GraphIndex, tensor: str) -> set[str]:

@@ -24,6 +24,7 @@ from .mixed_precision import BlockSensitivity, choose_layers
 from .quantized_graph import quantized_graph
 from .smoothing import input_channel_axis, smooth
 
+_SEARCH_RESERVE = 0.3  # of the loss that the gate allows: it judges on other images than the search
 Progress = Callable[[str, int, int], None]
 GraphJudge = Callable[[onnx.ModelProto], GateFigures]
 """Figures of a graph against the float32 one, on some of the calibration images."""
@@ -35,7 +36,7 @@ class PrecisionConfig:
 
     precision: Literal["fp16", "int8"]
     tier: Literal["all", "decoder-only", "auto"] = "all"
-    range_method: Literal["entropy", "minmax", "percentile"] = "entropy"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
 
 
@@ -137,12 +138,20 @@ def _prepared_int8(
     ranges = activation_ranges(
         smoothed, activations, images, method=config.range_method, content_hash=content_hash, progress=progress
     )
+
+    def finished(choice: Sequence[Layer]) -> onnx.ModelProto:
+        return half_graph(quantized_graph(smoothed, choice, ranges), wide={one.tensor for one in wide})
+
     sensitivities: list[BlockSensitivity] = []
     if config.tier == "auto":
-        layers, sensitivities = choose_layers(
-            layers, lambda choice: judge(quantized_graph(smoothed, choice, ranges)), thresholds, progress=progress
-        )
-    made = half_graph(quantized_graph(smoothed, layers, ranges), wide={one.tensor for one in wide})
+        aim = thresholds.with_reserve(_SEARCH_RESERVE)
+        layers, sensitivities = choose_layers(layers, lambda choice: judge(finished(choice)), aim, progress=progress)
+        if not layers:
+            raise ExportError(
+                "no block can be INT8 within the gate's thresholds: each alone fails. Take --fp16, give more images of "
+                "your own kind (--calibration), or lower a threshold (--min-agreement, --min-iou, --min-cosine)"
+            )
+    made = finished(layers)
     return PreparedGraph(
         model=made,
         config=config,

@@ -6,6 +6,7 @@ GPU at hand, against the float32 graph in ONNX Runtime.
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,8 +17,8 @@ from typing import Any
 import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
-from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine
-from tclkit.runtime.errors import TclkitError
+from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine, read_engines
+from tclkit.runtime.errors import BundleError, ConfigError, TclkitError
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -60,10 +61,18 @@ class Verification:
         """Whether everything that should run ran, and passed."""
         return not self.problems and all(verdict.passed for verdict in self.verdicts)
 
+    @property
+    def outcome(self) -> str:
+        """In a word or two."""
+        if not self.passed:
+            return "FAILED"
+        return "passed" if self.verdicts else "nothing to judge here"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         verdicts = [asdict(verdict) | {"passed": verdict.passed} for verdict in self.verdicts]
-        return asdict(self) | {"verdicts": verdicts, "passed": self.passed}
+        values: dict[str, Any] = _finite(asdict(self) | {"verdicts": verdicts, "passed": self.passed})
+        return values
 
     def report(self) -> str:
         """Markdown to paste into a bug report: a table for people, JSON for machines."""
@@ -73,7 +82,7 @@ class Verification:
             for v in self.verdicts
         ]
         lines = [
-            f"# tclkit verify: {self.bundle['name']}: {'passed' if self.passed else 'FAILED'}",
+            f"# tclkit verify: {self.bundle['name']}: {self.outcome}",
             "",
             *(f"- {name}: {value}" for name, value in {**self.machine, "images": self.images}.items()),
             "",
@@ -85,7 +94,7 @@ class Verification:
             *(f"- {name}: {why}" for name, why in self.not_for_here.items()),
             "",
             "```json",
-            json.dumps(self.to_dict(), indent=1, allow_nan=True),
+            json.dumps(self.to_dict(), indent=1, allow_nan=False),
             "```",
             "",
         ]
@@ -115,7 +124,9 @@ def verify_bundle(
     """
     bundle = open_bundle(model)
     report = progress or _silent
-    text_ND = embedded_prompts(bundle, prompts)
+    engines = [engine.record for engine in read_engines(bundle)]
+    most = min((record.max_prompts for record in engines), default=None)
+    text_ND = embedded_prompts(bundle, prompts, most=most)
     backend = OnnxRuntimeBackend(bundle)
     verdicts: list[Verdict] = []
     problems: dict[str, str] = {}
@@ -138,7 +149,7 @@ def verify_bundle(
             except _NotBuiltError as error:
                 not_for_here[name] = str(error)
             except TclkitError as error:  # an engine that should run here, and does not
-                problems[name] = error.message
+                problems[name] = error.message.replace(str(bundle.folder), bundle.name)
     if isinstance(device, str):
         not_for_here["engines"] = device
     return Verification(
@@ -185,9 +196,17 @@ def _verdict(
 
 
 def _thresholds(bundle: Bundle, precision: str, file: str) -> GateThresholds:
-    """Those the graph was built with, which bundle.json keeps; else the precision's."""
+    """Those the graph was built with, which bundle.json keeps; else the precision's.
+
+    Raises:
+        BundleError: what it keeps are no thresholds.
+    """
     kept = bundle.manifest.checks.get(precision, {}).get(file, {}).get("thresholds")
-    return GateThresholds(**kept) if kept else THRESHOLDS[precision]
+    try:
+        return GateThresholds(**kept) if kept else THRESHOLDS[precision]
+    except (TypeError, ConfigError) as error:
+        message = f"bundle.json of {bundle.name} has no usable thresholds for {file} under 'checks' ({error})"
+        raise BundleError(f"{message}. Build it again: tclkit build-engine --{precision}", file=file) from error
 
 
 def _selected(bundle: Bundle, size: tuple[int, int], calibration: str, images: int) -> list[Any]:
@@ -223,6 +242,15 @@ def _machine(device: DeviceIdentity | str) -> dict[str, str]:
         "packages": ", ".join(versions),
         "device": str(device),
     }
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _silent(what: str, done: int, in_all: int) -> None:

@@ -27,7 +27,7 @@ from tclkit.runtime.errors import ExportError
 from tclkit.tcl.batches import IMAGE_MEAN, IMAGE_STD
 from tclkit.tcl.grounder import GatedConv, Grounder, UpsamplingBlock
 from tclkit.tcl.model import TCL
-from tclkit.tcl.vision import position_embedding
+from tclkit.tcl.vision import nearness, position_embedding
 
 _M = TypeVar("_M", nn.Linear, nn.Conv2d)
 _NORM_EPSILON = 1e-6  # the authors' smallest length in a normalisation
@@ -58,7 +58,10 @@ class ImageGraph(nn.Module):
         self.ln_pre = copy.deepcopy(visual.ln_pre)
         self.trunk = nn.Sequential(*(_Block(block) for block in visual.transformer.resblocks[:-1]))
         self.grounder = _Grounder(grounder)
-        self.kp = _KeyPatches(visual) if with_kp else None
+        self.kp: _KeyPatches | _NeighbourPatches | None = None
+        if with_kp:
+            is_plain = model.kp_attention == "self"
+            self.kp = _KeyPatches(visual) if is_plain else _NeighbourPatches(visual, *self.grid)
         self.eval().requires_grad_(False)
 
     def forward(self, image_BHWC: Tensor) -> tuple[Tensor, ...]:
@@ -240,6 +243,36 @@ class _KeyPatches(nn.Module):
     def forward(self, x_BLC: Tensor, h: int, w: int) -> Tensor:
         embedding_BLD = self.projection(self.ln(self.block(x_BLC)))
         return _grid(_normalize(embedding_BLD), h, w)
+
+
+class _NeighbourPatches(nn.Module):
+    """The KP branch whose patches attend to their neighbours: keys with keys, no residual, no MLP."""
+
+    nearness: Tensor
+
+    def __init__(self, visual: VisionTransformer, h: int, w: int) -> None:
+        super().__init__()
+        block = visual.transformer.resblocks[-1]
+        attention, width = block.attn, block.attn.embed_dim
+        self.heads, self.head_width = attention.num_heads, attention.head_dim
+        weight, bias = (_double(part)[width:] for part in (attention.in_proj_weight, attention.in_proj_bias))
+        scale = torch.ones_like(bias)
+        scale[:width] = self.head_width**-0.25  # keys meet keys: the root of the usual factor on either side
+        self.kv = _linear(weight * scale[:, None], bias * scale)
+        self.out = copy.deepcopy(attention.out_proj)
+        self.ln_1, self.ln = copy.deepcopy(block.ln_1), copy.deepcopy(visual.ln_post)
+        self.projection = _linear(visual.proj.detach().T)
+        self.register_buffer("nearness", nearness(h, w))  # (hw, hw)
+
+    def forward(self, x_BLC: Tensor, h: int, w: int) -> Tensor:
+        k_BKLd, v_BKLd = (self._split(part) for part in self.kv(self.ln_1(x_BLC)).chunk(2, dim=-1))
+        mixed_BKLd = (k_BKLd @ k_BKLd.transpose(2, 3) + self.nearness).softmax(dim=-1) @ v_BKLd
+        embedding_BLD = self.projection(self.ln(self.out(mixed_BKLd.transpose(1, 2).flatten(2))))
+        return _grid(_normalize(embedding_BLD), h, w)
+
+    def _split(self, x_BLC: Tensor) -> Tensor:
+        B, L, _ = x_BLC.shape
+        return x_BLC.reshape(B, L, self.heads, self.head_width).transpose(1, 2)
 
 
 class _Grounder(nn.Module):

@@ -55,8 +55,34 @@ def embed_prompts(
     """
     names = check_prompts(prompts)
     texts = [expand_prompt(name, templates) for name in names]
+    return embed_texts(
+        names,
+        texts,
+        tokenizer=tokenizer,
+        encode_text=encode_text,
+        text_encoder_hash=text_encoder_hash,
+        cache=cache,
+    )
+
+
+def embed_texts(
+    names: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    *,
+    tokenizer: Tokenizer,
+    encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    text_encoder_hash: str,
+    cache: TextCache | None = None,
+) -> EmbeddedPrompts:
+    """Embed prompts whose texts are given: no rule of grammar is applied; see `embed_prompts`.
+
+    Args:
+        names: N names for people.
+        texts: of each name, one or more.
+        tokenizer, encode_text, text_encoder_hash, cache: as in `embed_prompts`.
+    """
     token_ids = [_encoded(tokenizer, name, expanded) for name, expanded in zip(names, texts, strict=True)]
-    keys = [cache_key(text_encoder_hash, expanded) for expanded in texts]
+    keys = [cache_key(text_encoder_hash, list(expanded)) for expanded in texts]
     found = cache.read(keys) if cache is not None else {}
     missing = [index for index, key in enumerate(keys) if key not in found]
     embedded, runs = _embedded([token_ids[index] for index in missing], encode_text)
@@ -64,7 +90,9 @@ def embed_prompts(
     if cache is not None:
         cache.write(fresh)
     vectors = found | fresh
-    prompt_set = PromptSet(names=names, embeddings=np.stack([vectors[key] for key in keys]), key=text_encoder_hash)
+    prompt_set = PromptSet(
+        names=tuple(names), embeddings=np.stack([vectors[key] for key in keys]), key=text_encoder_hash
+    )
     return EmbeddedPrompts(prompts=prompt_set, cache_hits=len(keys) - len(missing), text_encoder_runs=runs)
 
 

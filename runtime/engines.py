@@ -2,8 +2,10 @@
 
 An engine fits one device and one TensorRT version, so engines are not files of the bundle: bundle.json does not list
 them, and a bundle may be copied without them. They lie in BUNDLE/engines/ as pairs: NAME.engine, and NAME.json, the
-side-car, which says all that has to agree. The chain of trust: bundle.json has the hash of the graph; the side-car has
-the hash of the graph that it was built from, and of the engine; both are compared before TensorRT sees a byte.
+side-car, which says all that has to agree. bundle.json has the hash of the graph; the side-car has the hash of the
+graph that it was built from, and of the engine; both are compared before TensorRT sees a byte. That finds damage, not
+malice: who can write the engine can write its side-car. A version-compatible engine carries code of its own, so it is
+loaded only where this user built it, which a list in tclkit's own folder remembers.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from typing import Any
 from ._section import AGAIN, Section
 from .bundle import ENGINES_FOLDER, Bundle, find_bundle
 from .errors import BackendError, BundleError, EngineMismatchError, TclkitError
-from .files import atomic_file
+from .files import atomic_file, models_folder
 from .manifest import PRECISIONS
 
 ENGINE_SCHEMA_VERSION = 1
@@ -34,6 +36,7 @@ _FALLBACK = "or use --backend onnxruntime"
 _NEAREST = (
     "graph changed",
     "damaged",
+    "not trusted",
     "another TensorRT",
     "another device",
     "another system",
@@ -124,6 +127,16 @@ class EngineRecord:
         ]
 
     @property
+    def device(self) -> DeviceIdentity:
+        """Where it was built."""
+        return DeviceIdentity(
+            tensorrt_version=self.tensorrt_version,
+            compute_capability=self.compute_capability,
+            device_name=self.device_name,
+            system=self.system,
+        )
+
+    @property
     def size(self) -> tuple[int, int]:
         """(H, W) in pixels of the images that it serves."""
         return self.height, self.width
@@ -155,8 +168,8 @@ class EngineFile:
 class EngineMiss:
     """Why no engine can be used.
 
-    reason: "no graph", "none built", "another TensorRT", "another device", "another system", "graph changed" or
-        "damaged".
+    reason: "no graph", "none built", "another TensorRT", "another device", "another system", "graph changed",
+        "not trusted" or "damaged".
     why: the same as a sentence, with what was expected and what was found.
     remedy: what to do, with the fallback.
     record: side-car of the engine that came nearest; None where there is none.
@@ -250,6 +263,7 @@ def write_engine(bundle_folder: str | Path, record: EngineRecord, engine: bytes)
         created=record.created or dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         tclkit_version=record.tclkit_version or importlib.metadata.version("tclkit"),
     )
+    _remember_built(complete.engine_sha256)
     side_car = folder / f"{complete.stem}.json"
     side_car.unlink(missing_ok=True)
     with atomic_file(folder / f"{complete.stem}.engine") as temporary:
@@ -258,6 +272,25 @@ def write_engine(bundle_folder: str | Path, record: EngineRecord, engine: bytes)
     with atomic_file(side_car) as temporary:
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return complete
+
+
+def was_built_here(record: EngineRecord) -> bool:
+    """Whether this user's tclkit built an engine: what a side-car says of itself proves nothing."""
+    try:
+        return record.engine_sha256 in _built_here().read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _remember_built(engine_sha256: str) -> None:
+    path = _built_here()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="ascii") as stream:
+        stream.write(f"{engine_sha256}\n")
+
+
+def _built_here() -> Path:
+    return models_folder().parent / "engines-built-here.txt"
 
 
 def read_engines(bundle: Bundle) -> tuple[EngineFile, ...]:
@@ -409,7 +442,12 @@ def _first_difference(bundle: Bundle, engine: EngineFile, device: DeviceIdentity
         why = f"{name} was built from another {record.graph} graph ({record.graph_sha256[:12]}) than "
         return "graph changed", f"{why}{bundle.name} has now ({expected[:12] or 'none'})"
     damage = _damage(engine)
-    return ("damaged", damage) if damage else ("", "")
+    if damage:
+        return "damaged", damage
+    if "version-compatible" in record.flags and not was_built_here(record):
+        why = f"{name} is version-compatible, so it carries code that would run here, and it was not built by you here"
+        return "not trusted", why
+    return "", ""
 
 
 def _damage(engine: EngineFile) -> str:

@@ -59,3 +59,9 @@ def labels_from_masks(masks_Nhw: NDArray[np.float32], size: tuple[int, int], thr
         pixels += np.bincount(bins, minlength=count + 1)
         sums += np.bincount(bins, weights=best.ravel(), minlength=count + 1)
     return Labels(label_map=label_map, pixels=pixels[1:], scores=sums[1:] / np.maximum(pixels[1:], 1))
+
+
+def without_contrast(labels: Labels, count: int) -> Labels:
+    """Give the pixels of all prompts from `count` on to the background; the first `count` keep theirs."""
+    label_map = np.where(labels.label_map < count, labels.label_map, np.int16(BACKGROUND))
+    return Labels(label_map=label_map, pixels=labels.pixels[:count], scores=labels.scores[:count])

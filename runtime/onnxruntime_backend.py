@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
 from .bundle import Bundle
+from .engines import build_command
 from .errors import BackendError, BundleError, InputError
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, int], str]:
     }
     if not files:
         have = ", ".join(bundle.manifest.precisions)
-        raise BackendError(f"{bundle.name} has no image graph in {precision}, only in {have}", precision=precision)
+        message = f"{bundle.name} has no image graph in {precision}, only in {have}"
+        remedy = f"Make it: {build_command(bundle, precision)} --prepare-only"
+        raise BackendError(f"{message}. {remedy}", precision=precision)
     return files
 
 

@@ -41,7 +41,8 @@ class Segmentation:
         areas: prompt -> fraction of the image, in [0, 1].
         scores: prompt -> mean of its soft mask over its own pixels, 0 where it has none.
         peaks: prompt -> highest value of its soft mask anywhere: how near a prompt that was not found came.
-        fitted_masks: (N, h, w) float32 soft masks at the size the model saw the image.
+        fitted_masks: (N, h, w) float32 soft masks at the size the model saw the image; with PAMR, prompts that cannot
+            reach the threshold keep their unrefined masks.
         threshold: value of the background; None when there was none.
         settings: how it was made: fit, kp_w, pamr and so on.
         model: name of the bundle.

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from .backends import Backend, Features, choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BackendError, InputError, TclkitError
-from .labels import labels_from_masks
-from .pamr import refine_masks, resize_with_corners
+from .labels import labels_from_masks, without_contrast
+from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
 from .preprocess import FitPlan, check_fit, check_image, plan_fit
 from .prompts import PromptSet, unknown_words
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Prompts = PromptSet | Sequence[str]
 _REMEMBERED_PROMPT_SETS = 16
+_BOUND_MARGIN = 1e-4  # far above what rounding does to a mean, far below what a threshold can tell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,7 +44,7 @@ class ImageFeatures:
         image_hwc: (H, W, 3) uint8, the image itself.
         plan: how it was brought to the model's input.
         inputs: (h, w, 3) uint8, what went in, one a window.
-        features: of each window.
+        features: of each run of the image graph, one window or several.
         timings_ms: what making them took.
     """
 
@@ -60,7 +61,7 @@ class Stats:
 
     Attributes:
         images: segmented, or turned into features.
-        windows: runs of the image graph.
+        windows: inputs of the image graph.
         text_encoder_runs: runs of the text graph.
         text_cache_hits: prompts whose embedding came from the disk cache.
         timings_ms: stage -> milliseconds, all images together.
@@ -80,6 +81,24 @@ class _Options:
     threshold: float | None
     kp_w: float
     pamr: bool
+    floor: float | None  # prompts that stay below it everywhere need not be refined; None refines all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Asked:
+    """Prompts of one call: the first `count` were named, the others are contrast."""
+
+    every: PromptSet
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _WindowMasks:
+    """Masks of one window on the mask grid; the KP masks where they are not mixed in yet."""
+
+    window_hwc: NDArray[np.uint8]
+    masks: NDArray[np.float32]  # (N, h, w)
+    kp: NDArray[np.float32] | None  # (N, h, w)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -103,14 +122,31 @@ class Segmenter:
     A Segmenter belongs to the thread that first uses it; other threads open their own.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, cache: "TextCache | None" = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        cache: "TextCache | None" = None,
+        windows_per_run: int = 1,
+        flip: bool = False,
+    ) -> None:
         """Join an opened bundle and the backend that runs it; most callers use `Segmenter.open`.
 
         Args:
             bundle: the model.
             backend: opened on the same bundle.
             cache: of text embeddings; None embeds every prompt anew.
+            windows_per_run: windows of one image that the image graph takes at once, at most.
+            flip: look at the mirrored image as well; see `open`.
+
+        Raises:
+            InputError: windows_per_run is below 1.
         """
+        if windows_per_run < 1:
+            raise InputError(f"windows_per_run should be 1 or more, found {windows_per_run}")
+        self.windows_per_run = windows_per_run
+        self.flip = flip
         self.bundle = bundle
         self.backend = backend
         self.cache = cache
@@ -133,6 +169,8 @@ class Segmenter:
         precision: str = "auto",
         threads: int | None = None,
         verify: bool = True,
+        windows_per_run: int = 1,
+        flip: bool = False,
     ) -> "Segmenter":
         """Open a model.
 
@@ -144,6 +182,9 @@ class Segmenter:
                 and fp32 that has engines, with ONNX Runtime fp32.
             threads: CPU threads; None takes every CPU this process may use.
             verify: compare the bundle's files with their hashes first.
+            windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and
+                needs memory for as many.
+            flip: look at the mirrored image as well and take the mean of both masks, for twice the image graph's time.
 
         Raises:
             BundleError: unknown name, incomplete or damaged.
@@ -152,7 +193,7 @@ class Segmenter:
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
-        return cls(bundle, opened, cache=_text_cache(cache))
+        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run, flip=flip)
 
     @property
     def model(self) -> str:
@@ -219,6 +260,7 @@ class Segmenter:
         kp_w: float | None = None,
         pamr: bool = False,
         fit: str = "whole",
+        contrast: Prompts | None = None,
     ) -> Segmentation:
         """Segment one image.
 
@@ -228,16 +270,18 @@ class Segmenter:
             threshold: soft masks must exceed it, in [0, 1]; None takes the bundle's, which is lower with `pamr`.
             background: False gives every pixel to some prompt.
             kp_w: share of CLIP's own dense features in [0, 1]; None takes the bundle's.
-            pamr: refine masks along the edges of the image; slower.
+            pamr: refine masks along the edges of the image; slower. Prompts that cannot label a pixel are left as they
+                are: the label map is that of refining all.
             fit: "whole" pads, "stretch" distorts, "slide" covers the image with windows as the published protocol.
+            contrast: more prompts, for what else may be there; a pixel that one of them wins is background.
 
         Raises:
             InputError: not an image, or a bad prompt or option.
             BackendError: the model could not be run.
         """
         options = self._options(threshold, background, kp_w, pamr)
-        prompt_set = self._prompt_set(prompts)
-        return self._segment(self._prepare(image_hwc, fit), prompt_set, options)
+        asked = self._asked(prompts, contrast)
+        return self._segment(self._prepare(image_hwc, fit), asked, options)
 
     def features(self, image_hwc: NDArray[np.uint8], *, fit: str = "whole") -> ImageFeatures:
         """Run the image graph alone; ask the result with `segment` or `masks`, for the price of the head.
@@ -268,19 +312,23 @@ class Segmenter:
         background: bool = True,
         kp_w: float | None = None,
         pamr: bool = False,
+        contrast: Prompts | None = None,
     ) -> Segmentation:
         """Segment an image whose features are there; arguments and errors as in a call."""
         options = self._options(threshold, background, kp_w, pamr)
-        prompt_set = self._prompt_set(prompts)
+        asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
-        fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, timings)
-        return self._labelled(features.image_hwc, features.plan, fitted, prompt_set, options, timings)
+        fitted = self._fitted_masks(features.plan, features.inputs, features.features, asked.every, options, timings)
+        return self._labelled(features.image_hwc, features.plan, fitted, asked, options, timings)
 
     def masks(
         self, features: ImageFeatures, prompts: Prompts, *, kp_w: float | None = None, pamr: bool = False
     ) -> NDArray[np.float32]:
-        """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size."""
-        options = self._options(None, True, kp_w, pamr)
+        """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size.
+
+        With `pamr` every mask is refined, also those of prompts that no pixel is labelled with.
+        """
+        options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
         fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, {})
         return resize_masks(fitted, features.plan.source_size)
@@ -295,6 +343,7 @@ class Segmenter:
         kp_w: float | None = None,
         pamr: bool = False,
         fit: str = "whole",
+        contrast: Prompts | None = None,
     ) -> Generator[Segmentation, None, None]:
         """Segment frames one after another; the next is fetched and prepared while the model runs on the current one.
 
@@ -310,17 +359,18 @@ class Segmenter:
             One Segmentation a frame, in order.
         """
         options = self._options(threshold, background, kp_w, pamr)
+        contrast = None if contrast is None else self._prompt_set(contrast)
         ask = prompts if callable(prompts) else _always(self._prompt_set(prompts))
         check_fit(fit)  # now, not at the first frame
-        return self._streamed(frames, ask, options, fit)
+        return self._streamed(frames, lambda: self._asked(ask(), contrast), options, fit)
 
     def _streamed(
-        self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], Prompts], options: _Options, fit: str
+        self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], _Asked], options: _Options, fit: str
     ) -> Generator[Segmentation, None, None]:
         prepared_frames = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit))
         try:
             for prepared in prepared_frames:
-                yield self._segment(prepared, self._prompt_set(ask()), options)
+                yield self._segment(prepared, ask(), options)
         finally:
             prepared_frames.close()
 
@@ -333,22 +383,30 @@ class Segmenter:
         inputs = tuple(plan.inputs(image, self._pad_rgb))
         return _Prepared(image_hwc=image, plan=plan, inputs=inputs, preprocess_ms=_elapsed_ms(start))
 
-    def _segment(self, prepared: _Prepared, prompts: PromptSet, options: _Options) -> Segmentation:
+    def _segment(self, prepared: _Prepared, asked: _Asked, options: _Options) -> Segmentation:
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
         features = self._window_features(prepared, timings)
-        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, prompts, options, timings)
+        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, asked.every, options, timings)
         self._counters["images"] += 1
-        return self._labelled(prepared.image_hwc, prepared.plan, fitted, prompts, options, timings)
+        return self._labelled(prepared.image_hwc, prepared.plan, fitted, asked, options, timings)
 
     def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
-        """Features of the windows one by one, so that those of many windows need not be held."""
+        """Features run by run of the image graph, so that those of many windows need not be held."""
         self._total_ms["preprocess"] += prepared.preprocess_ms
-        for window_hwc in prepared.inputs:
+        for windows in self._runs(prepared.inputs):
             with self._timed("image", timings):
-                features = self.backend.image_features(window_hwc[None])
-            self._counters["windows"] += 1
+                images = np.stack(windows)
+                if self.flip:
+                    images = np.concatenate([images, images[:, :, ::-1]])
+                features = self.backend.image_features(images)
+            self._counters["windows"] += len(images)
             yield features
+
+    def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
+        """Windows that go through the image graph together."""
+        for start in range(0, len(inputs), self.windows_per_run):
+            yield inputs[start : start + self.windows_per_run]
 
     def _fitted_masks(
         self,
@@ -360,59 +418,83 @@ class Segmenter:
         timings: dict[str, float],
     ) -> NDArray[np.float32]:
         """(N, h, w) float32 soft masks at the size the model saw the image."""
-        grid_masks = (
-            self._grid_masks(window_features, window_hwc, prompts, options, timings)
-            for window_hwc, window_features in zip(inputs, features, strict=True)
+        windows = (
+            window
+            for run, run_features in zip(self._runs(inputs), features, strict=True)
+            for window in self._window_masks(run_features, run, prompts, options, timings)
         )
-        return plan.join(grid_masks, len(prompts))
+        finished = self._refined(list(windows), options, timings) if options.pamr else windows
+        return plan.join((self._checked(window.masks) for window in finished), len(prompts))
 
-    def _grid_masks(
+    def _window_masks(
         self,
         features: Features,
-        window_hwc: NDArray[np.uint8],
+        windows: Sequence[NDArray[np.uint8]],
         prompts: PromptSet,
         options: _Options,
         timings: dict[str, float],
-    ) -> NDArray[np.float32]:
-        """(N, h, w) float32 soft masks of one window on the mask grid.
+    ) -> Iterator[_WindowMasks]:
+        """Masks on the mask grid, of one window of a run after the other; mixed unless PAMR comes in between."""
+        with self._timed("masks", timings):
+            masks_BNhw = self._head(features, prompts, 0.0 if options.pamr else options.kp_w)
+            kp_BNhw = self._head(features, prompts, 1.0) if options.pamr and options.kp_w > 0 else None
+        for index, window_hwc in enumerate(windows):
+            kp = None if kp_BNhw is None else kp_BNhw[index]
+            yield _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=kp)
+
+    def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
+        """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""
+        masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
+        if not self.flip:
+            return masks_BNhw
+        straight, mirrored = np.split(masks_BNhw, 2)
+        return np.asarray((straight + mirrored[..., ::-1]) * np.float32(0.5))
+
+    def _refined(
+        self, windows: Sequence[_WindowMasks], options: _Options, timings: dict[str, float]
+    ) -> Iterator[_WindowMasks]:
+        """Refine the masks of all windows of an image, and mix.
 
         PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
         """
-        with self._timed("masks", timings):
-            kp_w = 0.0 if options.pamr else options.kp_w
-            masks: NDArray[np.float32] = self.backend.masks(features, prompts.embeddings, kp_w)[0]
-        if options.pamr:
+        with self._timed("pamr", timings):
+            chosen = _prompts_to_refine(windows, options)
+        for window in windows:
             with self._timed("pamr", timings):
-                planes = np.ascontiguousarray(window_hwc.transpose(2, 0, 1), np.float32)
+                masks = np.array(window.masks)
+                planes = np.ascontiguousarray(window.window_hwc.transpose(2, 0, 1), np.float32)
                 small = resize_with_corners(planes, (masks.shape[1], masks.shape[2]))
-                masks = refine_masks(small.transpose(1, 2, 0), masks)
-            if options.kp_w > 0:
-                with self._timed("masks", timings):
-                    kp_masks = self.backend.masks(features, prompts.embeddings, 1.0)[0]
-                masks = np.asarray(options.kp_w * kp_masks + (1 - options.kp_w) * masks, np.float32)
-        if not np.isfinite(masks).all():
+                masks[chosen] = refine_masks(small.transpose(1, 2, 0), masks[chosen])
+                if window.kp is not None:
+                    masks = np.asarray(options.kp_w * window.kp + (1 - options.kp_w) * masks, np.float32)
+            yield _WindowMasks(window_hwc=window.window_hwc, masks=masks, kp=None)
+
+    def _checked(self, masks_Nhw: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(masks_Nhw).all():
             raise BackendError(
                 f"{self.backend.name} gave masks that are not finite for {self.model}: the graph overflows in this "
                 "precision. Use another precision or backend",
                 backend=self.backend.name,
             )
-        return masks
+        return masks_Nhw
 
     def _labelled(
         self,
         image_hwc: NDArray[np.uint8],
         plan: FitPlan,
         fitted: NDArray[np.float32],
-        prompts: PromptSet,
+        asked: _Asked,
         options: _Options,
         timings: dict[str, float],
     ) -> Segmentation:
         with self._timed("labels", timings):
             labels = labels_from_masks(fitted, plan.source_size, options.threshold)
+            if asked.count < len(asked.every):
+                labels = without_contrast(labels, asked.count)
         return segmentation_from_masks(
             image_hwc,
-            prompts.names,
-            fitted,
+            asked.every.names[: asked.count],
+            fitted[: asked.count],
             options.threshold,
             labels=labels,
             settings={
@@ -440,7 +522,20 @@ class Segmenter:
                 raise InputError(f"{name} is a number from 0 to 1, got {value}")
         if kp_w is not None and kp_w > 0 and not manifest.has_kp:
             raise InputError(f"{self.model} was exported without the KP branch, but kp_w is {kp_w}; take kp_w 0")
-        return _Options(threshold=threshold, kp_w=manifest.kp_w if kp_w is None else kp_w, pamr=pamr)
+        share = manifest.kp_w if kp_w is None else kp_w
+        return _Options(threshold=threshold, kp_w=share, pamr=pamr, floor=threshold)
+
+    def _asked(self, prompts: Prompts, contrast: Prompts | None) -> _Asked:
+        named = self._prompt_set(prompts)
+        if contrast is None or not len(contrast):
+            return _Asked(every=named, count=len(named))
+        more = self._prompt_set(contrast)
+        every = PromptSet(
+            names=(*named.names, *more.names),
+            embeddings=np.concatenate([named.embeddings, more.embeddings]),
+            key=named.key,
+        )
+        return _Asked(every=every, count=len(named))
 
     def _prompt_set(self, prompts: Prompts) -> PromptSet:
         if not isinstance(prompts, PromptSet):
@@ -493,6 +588,22 @@ class Segmenter:
         elapsed = _elapsed_ms(start)
         timings[stage] = timings.get(stage, 0.0) + elapsed
         self._total_ms[stage] += elapsed
+
+
+def _prompts_to_refine(windows: Sequence[_WindowMasks], options: _Options) -> NDArray[np.bool_]:
+    """(N,) bool, the prompts that may label a pixel of the image; see `highest_refined`. All where nothing bounds them.
+
+    A mask that is not finite counts as one that may: it is refused later, with a message.
+    """
+    if options.floor is None:
+        return np.ones(len(windows[0].masks), np.bool_)
+    bounds = []
+    for window in windows:
+        bound = highest_refined(window.masks)
+        if window.kp is not None:
+            bound = options.kp_w * highest_refined(window.kp) + (1 - options.kp_w) * bound
+        bounds.append(bound)
+    return np.asarray(~(np.max(bounds, axis=0) <= options.floor - _BOUND_MARGIN))
 
 
 def _elapsed_ms(start: float) -> float:

@@ -16,7 +16,7 @@ from tclkit.runtime.errors import ConfigError
 from ._strict import dataclass_from_dict
 from .clip import ClipConfig
 from .losses import LossWeights
-from .world import WorldConfig
+from .world import EVALUATION_SEED, WorldConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -120,7 +120,7 @@ class EvaluationConfig:
     """
 
     scenes: int = 1024
-    seed: int = 1_000_003
+    seed: int = EVALUATION_SEED
     threshold_scenes: int = 256
     batch_size: int = 64
 

@@ -33,7 +33,7 @@ from .losses import (
 )
 from .pamr import refine_masks
 from .tiled_losses import pair_statistics
-from .vision import dense_embedding, global_embedding, run_blocks, run_trunk
+from .vision import KP_ATTENTIONS, dense_embedding, global_embedding, run_blocks, run_trunk
 
 _KP_SCALE, _KP_SHIFT = 10.0, -2.5  # sigmoid(10·(cos - 0.25))
 _LOGIT_SCALE = math.log(1 / 0.07)  # both contrastive losses start at CLIP's initial temperature
@@ -116,8 +116,19 @@ class TCL(nn.Module):
         self.grounder = Grounder(self.clip.visual, config.decoder_blocks)
         self.grounder.requires_grad_(True)
         self.logit_scales = nn.ParameterDict({name: torch.tensor(_LOGIT_SCALE) for name in ("image", "feature")})
+        self.kp_attention = "self"
         self.train_stage("decoder")
         self.eval()
+
+    def use_kp_attention(self, attention: str) -> None:
+        """Choose how CLIP's last block attends in the KP branch, one of `KP_ATTENTIONS`; no part of a checkpoint.
+
+        Raises:
+            ConfigError: unknown.
+        """
+        if attention not in KP_ATTENTIONS:
+            raise ConfigError(f"unknown KP attention {attention!r}; choose {' or '.join(KP_ATTENTIONS)}")
+        self.kp_attention = attention
 
     def train(self, mode: bool = True) -> "TCL":
         """Switch modes; CLIP stays in eval mode."""
@@ -172,7 +183,10 @@ class TCL(nn.Module):
             InputError: the size is no multiple of the patch.
         """
         trunk_BLC, h, w = self._run_trunk(images_BCHW)
-        return ImageFeatures(self.grounder(trunk_BLC, h, w), dense_embedding(self.clip.visual, trunk_BLC, h, w))
+        return ImageFeatures(self.grounder(trunk_BLC, h, w), self._kp_embedding(trunk_BLC, h, w))
+
+    def _kp_embedding(self, trunk_BLC: Tensor, h: int, w: int) -> Tensor:
+        return dense_embedding(self.clip.visual, trunk_BLC, h, w, self.kp_attention)
 
     @torch.no_grad()
     def generate_masks(
@@ -202,7 +216,7 @@ class TCL(nn.Module):
         if pamr:
             masks_BNhw = _refine_at_mask_size(padded_BCHW, masks_BNhw)
         if kp_w > 0:
-            kp_BNhw = kp_masks(dense_embedding(self.clip.visual, trunk_BLC, h, w), text_embeddings_ND)
+            kp_BNhw = kp_masks(self._kp_embedding(trunk_BLC, h, w), text_embeddings_ND)
             masks_BNhw = mix_masks(masks_BNhw, kp_BNhw, kp_w)
         masks_BNHW = F.interpolate(masks_BNhw, size=padded_BCHW.shape[-2:], mode="bilinear", align_corners=False)
         height, width = images_BCHW.shape[-2:]

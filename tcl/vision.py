@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 
+KP_ATTENTIONS = ("self", "neighbours")
+"""Ways in which CLIP's last block attends in the KP branch: each patch to itself, or to its neighbours as well."""
+
+_NEARNESS_PATCHES = 5.0  # standard deviation; NACLIP's
+
 
 def run_trunk(visual: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     """Tokens before the last block, (B, 1 + hw, C); the image's sides are multiples of the patch."""
@@ -70,7 +75,43 @@ def global_embedding(visual: VisionTransformer, trunk_BLC: Tensor) -> Tensor:
     return embedding_BD
 
 
-def dense_embedding(visual: VisionTransformer, trunk_BLC: Tensor, h: int, w: int) -> Tensor:
-    """CLIP's embedding of every patch, (B, D, h, w), not normalised: the last block with self-only attention (KP)."""
-    x_BLC = run_self_only_block(visual.transformer.resblocks[-1], trunk_BLC)
+def dense_embedding(visual: VisionTransformer, trunk_BLC: Tensor, h: int, w: int, attention: str = "self") -> Tensor:
+    """CLIP's embedding of every patch, (B, D, h, w), not normalised: the KP branch.
+
+    Args:
+        visual: the image tower.
+        trunk_BLC: (B, 1 + hw, C) tokens before the last block.
+        h, w: the patch grid.
+        attention: of the last block, one of `KP_ATTENTIONS`.
+    """
+    block = visual.transformer.resblocks[-1]
+    if attention == "neighbours":
+        embedding_BLD: Tensor = visual.ln_post(attend_to_neighbours(block, trunk_BLC[:, 1:], h, w)) @ visual.proj
+        return embedding_BLD.transpose(1, 2).reshape(len(trunk_BLC), -1, h, w)
+    x_BLC = run_self_only_block(block, trunk_BLC)
     return grid_from_tokens(visual.ln_post(x_BLC) @ visual.proj, h, w)
+
+
+def attend_to_neighbours(block: ResidualAttentionBlock, patches_BLC: Tensor, h: int, w: int) -> Tensor:
+    """Attention in which every patch looks for patches like itself, near ones before far ones; (B, hw, C).
+
+    Keys are compared with keys, a Gaussian of the distance is added, and neither the residual nor the MLP takes part.
+    Source: NACLIP (Hajimiri et al., WACV 2025), the reduced architecture; here the class token is not attended to.
+    """
+    attention, width = block.attn, patches_BLC.shape[-1]
+    normed_BLC = block.ln_1(patches_BLC)
+    both_BLC = F.linear(normed_BLC, attention.in_proj_weight[width:], attention.in_proj_bias[width:])
+    shape = (*patches_BLC.shape[:2], attention.num_heads, attention.head_dim)
+    k_BKLd, v_BKLd = (part.reshape(shape).transpose(1, 2) for part in both_BLC.chunk(2, dim=-1))
+    scores_BKLL = k_BKLd @ k_BKLd.transpose(2, 3) * attention.head_dim**-0.5
+    mixed_BKLd = (scores_BKLL + nearness(h, w).to(scores_BKLL)).softmax(dim=-1) @ v_BKLd
+    attended_BLC: Tensor = attention.out_proj(mixed_BKLd.transpose(1, 2).flatten(2))
+    return attended_BLC
+
+
+def nearness(h: int, w: int) -> Tensor:
+    """Gaussian of the distance between every two patches of a grid, 1 at no distance; (hw, hw)."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    places_L2 = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
+    squares_LL = (places_L2[:, None] - places_L2).square().sum(dim=-1)
+    return torch.exp(-squares_LL / (2 * _NEARNESS_PATCHES**2))

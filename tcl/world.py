@@ -37,6 +37,9 @@ OBJECT_NAMES: Final = tuple(f"{colour} {shape}" for colour in COLOURS for shape 
 BACKGROUND: Final = -1
 """Label of every pixel that no object covers."""
 
+EVALUATION_SEED: Final = 1_000_003
+"""Seed of the world on which models are judged; training may not draw from it."""
+
 TEMPLATES: Final = ("a {}.", "a picture of a {}.", "there is a {}.")
 """Prompt templates in the wording of the captions."""
 

@@ -55,6 +55,20 @@ def tensorrt_simulator(simulator_package: ModuleType) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="session")
+def mini() -> ModuleType:
+    """The module tests/calib/mini_benchmarks.py: `mini.write_all`, `mini.CLASS_COLOURS`, ..."""
+    return shared_module("tclkit_tests_mini_benchmarks", "calib/mini_benchmarks.py")
+
+
+@pytest.fixture(scope="session")
+def class_bundle_folder(tiny: ModuleType, mini: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle that calls its eight colours by names of classes of the benchmarks; for reading only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "PALETTE", mini.CLASS_COLOURS)
+        return tiny.write_tiny_bundle(tmp_path_factory.mktemp("models") / "classes")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
 def write_tiny_bundle(tiny: ModuleType) -> Callable[..., Path]:
     """Function that writes a tiny bundle into a folder; see tests/runtime/tiny_bundle.py."""
     return tiny.write_tiny_bundle  # type: ignore[no-any-return]

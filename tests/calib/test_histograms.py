@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tclkit.calib import entropy_limit, percentile_limit
+from tclkit.calib import entropy_limit, mse_limit, percentile_limit
 from tclkit.calib.histograms import LEVELS
 from tclkit.runtime.errors import InputError
 
@@ -113,3 +113,35 @@ def test_histograms_that_cannot_be_used() -> None:
         entropy_limit(np.zeros(128, np.int64), 1.0)
     with pytest.raises(InputError, match="the histogram holds no value"):
         percentile_limit(np.zeros(128, np.int64), 1.0, 50)
+
+
+def _squared_error(values: np.ndarray, limit: float) -> float:
+    step = limit / 127
+    return float(np.mean((values - np.clip(np.rint(values / step), -127, 127) * step) ** 2))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "outliers", "few large channels"])
+def test_mse_cuts_where_the_error_is_least(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    values = {
+        "normal": rng.normal(size=100_000),
+        "uniform": rng.uniform(-1, 1, 100_000),
+        "outliers": np.concatenate([rng.normal(size=100_000), [60.0, -55.0]]),
+        "few large channels": rng.normal(size=100_000) * np.where(np.arange(100_000) % 100, 1.0, 20.0),
+    }[kind]
+    magnitudes = np.abs(values)
+    bins = 32_000
+    width = float(magnitudes.max()) / bins
+    counts = np.bincount(np.minimum((magnitudes / width).astype(np.int64), bins - 1), minlength=bins)
+    limit = mse_limit(counts, width)
+    tried = np.geomspace(0.02, 1, 200) * magnitudes.max()
+    assert _squared_error(values, limit) <= 1.01 * min(_squared_error(values, one) for one in tried)
+
+
+def test_mse_of_one_value_keeps_it() -> None:
+    assert mse_limit(np.array([0, 0, 0, 5]), 0.5) == 2.0
+
+
+def test_mse_needs_values() -> None:
+    with pytest.raises(InputError, match="holds no value"):
+        mse_limit(np.zeros(10, np.int64), 1.0)

@@ -17,14 +17,14 @@ import pytest
 from onnx import numpy_helper
 
 from tclkit.export import build as build_module
-from tclkit.export import graph_rules, precision
+from tclkit.export import bundle_folder, graph_rules, precision
 from tclkit.export.build import BuildConfig, build_engine
 from tclkit.export.engine_builder import EngineOptions
 from tclkit.export.gates import GateThresholds
 from tclkit.export.layers import quantizable_layers
 from tclkit.export.verify import verify_bundle
 from tclkit.runtime.bundle import open_bundle, write_manifest
-from tclkit.runtime.errors import BundleError, ConfigError, InputError, ParityError
+from tclkit.runtime.errors import BundleError, ConfigError, ExportError, InputError, ParityError
 from tclkit.runtime.files import models_folder
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.tcl.world import WorldConfig, scenes
@@ -267,7 +267,47 @@ def test_int8_prepared_elsewhere_is_compiled_without_images(
     assert result.graphs == []
     assert (folder / "image.int8.onnx").read_bytes() == graph
     assert len(result.engines) == 2
-    assert all(verdict.passed for verdict in result.verdicts)
+    (verdict,) = result.verdicts
+    assert verdict.passed
+    assert verdict.against == "its own graph"
+    assert verdict.figures.features_cosine > 0.999  # the engine gives what the graph gives, whatever that costs
+
+
+def test_a_graph_of_another_tier_is_not_passed_off_as_the_one_asked_for(folder: Path, images: str) -> None:
+    build_engine(folder, config("int8", images))
+    with pytest.raises(
+        InputError, match=r"image\.int8\.onnx of tcl-shapes quantises all, not decoder-only.*--calibration"
+    ):
+        build_engine(folder, config("int8", None, tier="decoder-only"))
+    taken = build_engine(folder, config("int8", None))
+    assert (taken.verdicts, taken.graphs) == ([], [])
+
+
+def test_two_builds_of_one_bundle_at_once(folder: Path) -> None:
+    with bundle_folder.new_folder(folder) as staged:
+        bundle_folder.link_bundle(open_bundle(folder), staged)
+        with pytest.raises(ExportError, match="is being written by another tclkit just now"):
+            build_engine(folder, config("fp16", None))
+    assert build_engine(folder, config("fp16", None)).verdicts[0].passed
+
+
+def test_only_what_the_bundle_lists_goes_into_the_new_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("not of the bundle")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "draft.txt").write_text("nor this")
+    build_engine(folder, config("fp16", None), output=tmp_path / "new")
+    names = {path.name for path in (tmp_path / "new").rglob("*")}
+    assert "image.fp16.onnx" in names
+    assert not names & {"notes.txt", "draft.txt", "secret.txt"}
+    assert "secret" not in (tmp_path / "new" / "bundle.json").read_text(encoding="utf-8")
+
+
+def test_a_search_that_finds_nothing_is_an_error(folder: Path, images: str) -> None:
+    impossible = GateThresholds(label_agreement=0, mask_iou=0, features_cosine=1)
+    before = contents(folder)
+    with pytest.raises(ExportError, match=r"no block can be INT8 .* --fp16"):
+        build_engine(folder, config("int8", images, tier="auto", thresholds=impossible))
+    assert contents(folder) == before
 
 
 def test_a_new_graph_takes_the_place_of_its_engines_too(
@@ -334,6 +374,35 @@ def test_an_engine_below_the_gate_is_not_installed(
     assert contents(folder) == before
 
 
+def test_verify_of_values_that_are_no_numbers(folder: Path, tensorrt_simulator: Callable[..., Any]) -> None:
+    """An overflow in an engine: figures are not finite, the verdict is failed, and JSON holds null."""
+    tensorrt_simulator("10.3.0")
+    build_engine(folder, config("fp32", None, prepare_only=False))
+    from tclkit.runtime.tensorrt_backend import DeviceFeatures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceFeatures, "grounded", property(lambda self: np.full((1, 128, 64, 64), np.nan, np.float32)))
+        found = verify_bundle(folder)
+    assert not found.passed
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert document["verdicts"][0]["figures"]["features_cosine"] is None
+    assert "FAILED" in found.report()
+
+
+def test_verify_with_nothing_to_judge_does_not_say_passed(folder: Path) -> None:
+    assert "nothing to judge here" in verify_bundle(folder).report()
+
+
+@pytest.mark.parametrize("kept", [{"label_agreement": 2, "mask_iou": 0, "features_cosine": 0}, {"surprise": 1}])
+def test_verify_of_thresholds_that_are_none(folder: Path, kept: dict[str, float]) -> None:
+    build_engine(folder, config("fp16", None))
+    raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    raw["checks"]["fp16"]["image.fp16.onnx"]["thresholds"] = kept
+    write_manifest(folder, raw)
+    with pytest.raises(BundleError, match=r"no usable thresholds for image\.fp16\.onnx"):
+        verify_bundle(folder)
+
+
 def test_verify_of_a_damaged_bundle(folder: Path) -> None:
     data = bytearray((folder / "image.onnx").read_bytes())
     data[1000] ^= 1
@@ -349,6 +418,17 @@ def test_options_of_the_builder_reach_the_side_car(folder: Path, tensorrt_simula
     for build in result.engines:
         assert (build.record.max_batch, build.record.max_prompts) == (2, 32)
         assert build.record.flags == ("version-compatible",)
+
+
+def test_the_gate_asks_no_more_prompts_than_the_engine_takes(
+    folder: Path, tensorrt_simulator: Callable[..., Any]
+) -> None:
+    tensorrt_simulator("10.3.0")
+    few = EngineOptions(max_prompts=4)
+    result = build_engine(folder, config("fp32", None, prepare_only=False, engine=few))
+    assert result.verdicts[0].figures.prompts == 4
+    with pytest.raises(InputError, match=r"5 prompts to judge with, but the engines take 4.*--max-prompts"):
+        build_engine(folder, config("fp32", None, prepare_only=False, engine=few, prompts=tuple("abcde")))
 
 
 def test_building_needs_no_torch() -> None:

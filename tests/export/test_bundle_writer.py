@@ -18,7 +18,7 @@ import torch
 
 from tclkit.export import _parity, bundle_folder, bundle_writer, export_bundle
 from tclkit.runtime import open_bundle
-from tclkit.runtime.errors import CheckpointError, ExportError, InputError, ParityError
+from tclkit.runtime.errors import CheckpointError, ConfigError, ExportError, InputError, ParityError
 from tclkit.runtime.files import sha256_from_file
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.prompts import PROTOCOL_TEMPLATES
@@ -150,6 +150,22 @@ def test_without_kp_the_graphs_have_no_such_branch(tiny_checkpoint: Path, tmp_pa
     features = OnnxRuntimeBackend(bundle, threads=1).image_features(np.zeros((1, 32, 64, 3), np.uint8))
     assert features.kp is None
     assert features.grounded.shape == (1, 24, 8, 16)
+
+
+def test_another_kp_attention_is_exported_checked_and_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plain, other = (
+        open_bundle(export_bundle(tiny_checkpoint, tmp_path / way, sizes=[(32, 64)], kp_attention=way))
+        for way in ("self", "neighbours")
+    )
+    assert "kp_attention" not in plain.manifest.provenance
+    assert other.manifest.provenance["kp_attention"] == "neighbours"
+    assert other.manifest.checks["fp32"]["image.onnx"]["max_abs_error"] < 2e-5
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 64, 3), np.uint8)
+    before, after = (OnnxRuntimeBackend(bundle, threads=1).image_features(image) for bundle in (plain, other))
+    np.testing.assert_allclose(before.grounded, after.grounded, rtol=0, atol=1e-6)
+    assert np.abs(np.asarray(before.kp) - np.asarray(after.kp)).max() > 0.05
+    with pytest.raises(ConfigError, match="unknown KP attention 'far'"):
+        export_bundle(tiny_checkpoint, tmp_path / "far", kp_attention="far")
 
 
 def test_progress_counts_up_to_done(tiny_checkpoint: Path, quick_graphs: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tclkit.export.graph_rules import check_graph
 from tclkit.export.half_graph import half_graph
 from tclkit.export.layers import Layer, quantizable_layers
 from tclkit.export.quantized_graph import quantized_graph
+from tclkit.export.rounded_graph import rounded_graph
 from tclkit.export.smoothing import input_channel_axis, smooth
 from tclkit.runtime.errors import ExportError
 
@@ -151,6 +152,30 @@ def test_one_activation_of_two_layers_is_quantised_once() -> None:
     assert Counter(node.op_type for node in made.graph.node)["QuantizeLinear"] == 1
     x = rng.uniform(-2, 2, (5, 4)).astype(np.float32)
     np.testing.assert_allclose(run(made, {"x": x})[0], x @ (w1 + w2), atol=0.1)
+
+
+@pytest.mark.parametrize("where", ["before the layer", "behind it"])
+def test_pairs_of_values_too_large_for_half_stay_in_float32(where: str) -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "gain"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["p"]),
+        helper.make_node("Mul", ["p", "loss"], ["y"]),
+    ]
+    before = where == "before the layer"
+    gains, wide = ((2e5, 1.0, 5e-6), {"a", "p"}) if before else ((1.0, 2e5, 5e-6), {"p"})
+    names = ("gain", "w", "loss")
+    weights = dict(zip(names, (np.full(1, gains[0]), np.eye(4) * gains[1], np.full(1, gains[2])), strict=True))
+    model = float_graph(nodes, {name: values.astype(np.float32) for name, values in weights.items()}, 4)
+    made = half_graph(quantized_graph(model, quantizable_layers(model), {"a": gains[0]}), wide=wide)
+    x = np.array([[1.0, -0.5, 0.25, 0.75]], np.float32)
+    np.testing.assert_allclose(run(rounded_graph(made), {"x": x})[0], x, atol=0.02)
+    types = element_types(made)
+    (product,) = (node for node in made.graph.node if node.op_type == "MatMul")
+    pair_types = {types[name] for name in product.input}
+    assert pair_types == {TensorProto.FLOAT}  # both pairs in one type, with no cast between them and the product
+    assert {node.op_type for node in made.graph.node for name in node.output if name in product.input} == {
+        "DequantizeLinear"
+    }
 
 
 @pytest.mark.parametrize("found", [None, np.nan, np.inf, -1.0])

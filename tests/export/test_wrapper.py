@@ -97,6 +97,19 @@ def test_every_kind_of_model_gives_the_same_features(make_model: Callable[..., T
             assert_same_features(ImageGraph(model, size), model, random_bytes(2, *size, 3))
 
 
+@pytest.mark.parametrize("changes", [{}, {"vision_layer_scale": 0.1}, {"vision_head_width": 32}], ids=str)
+def test_kp_patches_that_attend_to_their_neighbours(make_model: Callable[..., TCL], changes: dict[str, Any]) -> None:
+    model = make_model(**changes)
+    plain = ImageGraph(model, (32, 80))
+    model.use_kp_attention("neighbours")
+    graph, image = ImageGraph(model, (32, 80)), random_bytes(2, 32, 80, 3)
+    with torch.no_grad():
+        assert_same_features(graph, model, image)
+        before, after = (one(torch.from_numpy(image)) for one in (plain, graph))
+    assert torch.equal(before[0], after[0])
+    assert largest_difference(before[1], after[1]) > 0.05
+
+
 def test_without_kp_the_branch_is_not_there(golden_model: TCL) -> None:
     graph = ImageGraph(golden_model, (64, 64), with_kp=False)
     assert not any(name.startswith("kp") for name in graph.state_dict())

@@ -28,6 +28,7 @@ from tclkit.runtime.engines import (
     write_engine,
 )
 from tclkit.runtime.errors import BackendError, BundleError, EngineMismatchError
+from tclkit.runtime.files import models_folder
 
 ORIN = DeviceIdentity(tensorrt_version="10.3.0", compute_capability="8.7", device_name="Orin", system="Linux aarch64")
 THOR = DeviceIdentity(
@@ -295,6 +296,17 @@ def test_version_compatible_engines(bundle: Bundle, record: EngineRecord) -> Non
     exact = found(bundle, dataclasses.replace(ORIN, tensorrt_version="11.4.0.106"))
     assert isinstance(exact, EngineFile)
     assert read_engine_bytes(exact) == b"made for it"
+
+
+def test_a_version_compatible_engine_of_somebody_else_is_not_loaded(bundle: Bundle, record: EngineRecord) -> None:
+    """It carries code that TensorRT would run; whatever its side-car claims."""
+    write_engine(bundle.folder, dataclasses.replace(record, flags=("version-compatible",)), b"engine")
+    assert isinstance(found(bundle), EngineFile)
+    (models_folder().parent / "engines-built-here.txt").unlink()
+    miss = missed(bundle)
+    assert miss.reason == "not trusted"
+    assert "carries code that would run here, and it was not built by you here" in miss.message
+    assert isinstance(miss.error(), EngineMismatchError)
 
 
 def test_a_set_needs_both_graphs(bundle: Bundle, record: EngineRecord) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.labels import labels_from_masks
+from tclkit.runtime.labels import labels_from_masks, without_contrast
 from tclkit.runtime.upsample import resize_masks
 
 MASKS = np.random.default_rng(0).random((4, 9, 13), np.float32)
@@ -38,3 +38,12 @@ def test_background_wins_ties_and_of_equal_prompts_the_first() -> None:
 def test_no_masks() -> None:
     with pytest.raises(InputError, match="there are 0 masks; a label map can hold 1 to 32767"):
         labels_from_masks(MASKS[:0], (4, 4), 0.5)
+
+
+def test_contrast_prompts_give_their_pixels_to_the_background() -> None:
+    labels = labels_from_masks(MASKS, (9, 13), 0.6)
+    cut = without_contrast(labels, 3)
+    np.testing.assert_array_equal(cut.label_map, np.where(labels.label_map == 3, -1, labels.label_map))
+    assert cut.label_map.dtype == np.int16
+    np.testing.assert_array_equal(cut.pixels, labels.pixels[:3])
+    np.testing.assert_array_equal(cut.scores, labels.scores[:3])

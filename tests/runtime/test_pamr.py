@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.pamr import affinities, local_std, refine_masks, resize_with_corners
+from tclkit.runtime.pamr import affinities, highest_refined, local_std, refine_masks, resize_with_corners
 
 TOLERANCE = 1e-5  # measured: 1.9e-6
 Arrays = dict[str, NDArray[np.float32]]
@@ -86,3 +86,26 @@ def test_resize_keeps_the_corners() -> None:
     resized = resize_with_corners(np.array([[[0, 1], [2, 3]]], np.float32), (3, 5))
     np.testing.assert_allclose(resized[0], [[0, 0.25, 0.5, 0.75, 1], [1, 1.25, 1.5, 1.75, 2], [2, 2.25, 2.5, 2.75, 3]])
     np.testing.assert_array_equal(resize_with_corners(resized, (1, 1)), [[[0]]])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_any_number_of_masks(image: NDArray[np.float32], count: int) -> None:
+    """Masks are taken a few at a time; the last few may be fewer."""
+    masks = np.random.default_rng(0).random((count, *image.shape[:2]), np.float32)
+    together = refine_masks(image, masks)
+    for index in range(count):
+        np.testing.assert_array_equal(together[index : index + 1], refine_masks(image, masks[index : index + 1]))
+
+
+def test_no_refined_value_passes_the_bound(image: NDArray[np.float32]) -> None:
+    masks = np.random.default_rng(1).random((6, *image.shape[:2]), np.float32) ** 4
+    bound = highest_refined(masks)
+    np.testing.assert_array_equal(bound, masks.max(axis=(1, 2)))
+    for iterations in (1, 10):
+        refined = refine_masks(image, masks, iterations=iterations)
+        assert (refined.max(axis=(1, 2)) <= bound + 1e-6).all()
+
+
+def test_no_iterations_give_the_masks(image: NDArray[np.float32], reference: Arrays) -> None:
+    masks = reference["mask"][0]
+    np.testing.assert_array_equal(refine_masks(image, masks, iterations=0), masks)

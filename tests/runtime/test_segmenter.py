@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from tclkit.runtime.backends import Features
 from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitError
+from tclkit.runtime.labels import labels_from_masks
 from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.prompts import PromptSet
 from tclkit.runtime.segmenter import Segmenter
@@ -321,3 +323,136 @@ def test_timings_add_up(segmenter: Segmenter, scene: Image) -> None:
     for stage in ("preprocess", "image", "masks", "pamr", "labels"):
         assert segmenter.stats.timings_ms[stage] == pytest.approx(sum(r.timings_ms[stage] for r in results))
     assert segmenter.stats.timings_ms["prompts"] > 0
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+@pytest.mark.parametrize("windows_per_run", [2, 3, 100])
+def test_windows_taken_together_give_what_they_give_one_by_one(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], windows_per_run: int, pamr: bool
+) -> None:
+    image = paint((80, 230), red=(0, 40, 0, 100), blue=(30, 80, 130, 230))
+    alone = Segmenter.open(tiny_bundle_folder, threads=1)(image, NAMES, fit="slide", pamr=pamr)
+    segmenter = Segmenter.open(tiny_bundle_folder, threads=1, windows_per_run=windows_per_run)
+    batches = []
+    run = segmenter.backend.image_features
+
+    def noting(images_BHWC: NDArray[np.uint8]) -> Features:
+        batches.append(len(images_BHWC))
+        return run(images_BHWC)
+
+    segmenter.backend.image_features = noting  # type: ignore[method-assign]
+    together = segmenter(image, NAMES, fit="slide", pamr=pamr)
+    np.testing.assert_array_equal(together.label_map, alone.label_map)
+    np.testing.assert_allclose(together.fitted_masks, alone.fitted_masks, rtol=0, atol=1e-6)  # measured: 0
+    count = alone.settings["windows"]
+    assert sum(batches) == segmenter.stats.windows == count
+    assert max(batches) == min(windows_per_run, count)  # type: ignore[type-var]
+
+
+def test_windows_per_run_below_one(tiny_bundle_folder: Path) -> None:
+    with pytest.raises(InputError, match="windows_per_run should be 1 or more, found 0"):
+        Segmenter.open(tiny_bundle_folder, windows_per_run=0)
+
+
+@pytest.fixture
+def refined_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many masks each call of PAMR was given."""
+    counts: list[int] = []
+
+    def noting(image_hwc: NDArray[np.float32], masks_Nhw: NDArray[np.float32]) -> NDArray[np.float32]:
+        counts.append(len(masks_Nhw))
+        return refine_masks(image_hwc, masks_Nhw)
+
+    monkeypatch.setattr("tclkit.runtime.segmenter.refine_masks", noting)
+    return counts
+
+
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("kp_w", [0.0, 0.3])
+def test_pamr_leaves_out_prompts_that_cannot_label_a_pixel(
+    segmenter: Segmenter, paint: Callable[..., Image], refined_counts: list[int], fit: str, kp_w: float
+) -> None:
+    """The label map is that of refining all; red is in one window only, and refined in every one all the same."""
+    names = ["red", "green", "blue", "yellow", "cyan"]
+    image = paint((64, 200), red=(0, 40, 0, 30), blue=(10, 64, 60, 200))
+    result = segmenter(image, names, fit=fit, kp_w=kp_w, pamr=True)
+    windows = result.settings["windows"]
+    assert refined_counts == [2] * windows  # type: ignore[operator]
+    features = segmenter.features(image, fit=fit)
+    everything = segmenter.masks(features, names, kp_w=kp_w, pamr=True)
+    assert refined_counts[windows:] == [5] * windows  # type: ignore[operator,misc]
+    expected = labels_from_masks(everything, image.shape[:2], result.threshold).label_map
+    assert (result.label_map == expected).mean() > 0.999  # both resize in another order: rounding at borders
+    for name in ("red", "blue"):
+        np.testing.assert_allclose(result.soft_mask(name), everything[names.index(name)], atol=1e-5)
+    segmenter(image, names, fit=fit, kp_w=kp_w, pamr=True, background=False)
+    assert refined_counts[2 * windows :] == [5] * windows  # type: ignore[operator,misc]
+
+
+def test_no_prompt_can_label_a_pixel(segmenter: Segmenter, scene: Image, refined_counts: list[int]) -> None:
+    result = segmenter(scene, ["cyan", "magenta"], pamr=True)
+    assert refined_counts == [0]
+    assert (result.label_map == -1).all()
+
+
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("windows_per_run", [1, 2])
+@pytest.mark.parametrize("pamr", [False, True])
+def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
+    tiny_bundle_folder: Path, fit: str, windows_per_run: int, pamr: bool
+) -> None:
+    """Held against mirroring the whole by hand, on a picture whose windows lie symmetrically.
+
+    The tiny model sees a mirrored picture as the picture mirrored; here it takes the left edge of its input for blue.
+    """
+
+    def opened(**settings: Any) -> Segmenter:
+        segmenter = Segmenter.open(tiny_bundle_folder, threads=1, **settings)
+        run = segmenter.backend.image_features
+
+        def lopsided(images_BHWC: Image) -> Features:
+            images_BHWC = images_BHWC.copy()
+            images_BHWC[:, :, :8] = (0, 0, 255)
+            return run(images_BHWC)
+
+        segmenter.backend.image_features = lopsided  # type: ignore[method-assign]
+        return segmenter
+
+    image = np.random.default_rng(0).integers(0, 256, (64, 128, 3)).astype(np.uint8)
+    image[8:40, 10:60] = (255, 0, 0)
+    plain = opened()
+    straight, mirrored = (
+        plain.masks(plain.features(one, fit=fit), NAMES, kp_w=0.3)
+        for one in (image, np.ascontiguousarray(image[:, ::-1]))
+    )
+    flipping = opened(flip=True, windows_per_run=windows_per_run)
+    features = flipping.features(image, fit=fit)
+    assert flipping.stats.windows == 2 * len(features.inputs)
+    found = flipping.masks(features, NAMES, kp_w=0.3)
+    np.testing.assert_allclose(found, (straight + mirrored[..., ::-1]) / 2, rtol=0, atol=1e-5)
+    assert np.abs(found - straight).max() > 0.1
+    result = flipping(image, NAMES, pamr=pamr, fit=fit)
+    assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+def test_pixels_of_contrast_prompts_are_background(segmenter: Segmenter, scene: Image, pamr: bool) -> None:
+    plain = segmenter(scene, ["red", "green"], kp_w=0, pamr=pamr)
+    assert plain.areas["green"] > 0.3
+    result = segmenter(scene, ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    assert result.names == ("red",)
+    assert dict(result.areas) == {"red": plain.areas["red"]}
+    np.testing.assert_array_equal(result.label_map == 0, plain.label_map == 0)
+    assert result.soft_masks.shape == (1, 64, 64)
+    asked_later = segmenter.segment(segmenter.features(scene), ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    np.testing.assert_array_equal(asked_later.label_map, result.label_map)
+    (streamed,) = segmenter.stream([scene], ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
+    np.testing.assert_array_equal(streamed.label_map, result.label_map)
+
+
+def test_contrast_decides_where_a_threshold_cannot(segmenter: Segmenter, scene: Image) -> None:
+    """Without a background every pixel is red's; a prompt for the rest takes it away."""
+    assert segmenter(scene, ["red"], kp_w=0, background=False).areas["red"] == 1
+    result = segmenter(scene, ["red"], kp_w=0, background=False, contrast=["green"])
+    assert (result.label_map[scene[..., 1] == 255] == -1).mean() > 0.99
+    assert segmenter(scene, ["red"], kp_w=0, contrast=[]).areas == segmenter(scene, ["red"], kp_w=0).areas

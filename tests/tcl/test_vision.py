@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import Transformer
 
-from tclkit.tcl.vision import dense_embedding, grid_from_tokens, run_blocks, run_self_only_block, run_trunk
+from tclkit.runtime.errors import ConfigError
+from tclkit.tcl.vision import (
+    attend_to_neighbours,
+    dense_embedding,
+    grid_from_tokens,
+    nearness,
+    run_blocks,
+    run_self_only_block,
+    run_trunk,
+)
 
 
 def transformer(layers: int, *, batch_first: bool) -> Transformer:
@@ -46,3 +56,41 @@ def test_dense_embedding_of_a_tall_image(tiny_model):
     trunk = run_trunk(visual, torch.randn(1, 3, 48, 16))
     assert trunk.shape == (1, 4, 32)
     assert dense_embedding(visual, trunk, 3, 1).shape == (1, 24, 3, 1)
+
+
+@pytest.mark.parametrize("grid", [(2, 5), (1, 1), (4, 3)])
+def test_neighbours_attend_as_torchs_own_attention_does(grid, check):
+    """Keys in the place of queries and the Gaussian as the mask, through torch's function."""
+    block = transformer(1, batch_first=True).resblocks[0]
+    h, w = grid
+    patches = torch.randn(2, h * w, 32)
+    with torch.no_grad():
+        _, k, v = F.linear(block.ln_1(patches), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
+        k, v = (part.reshape(2, h * w, 2, 16).transpose(1, 2) for part in (k, v))
+        mixed = F.scaled_dot_product_attention(k, k, v, attn_mask=nearness(h, w))
+        expected = block.attn.out_proj(mixed.transpose(1, 2).reshape(2, h * w, 32))
+        check("self-only attention", attend_to_neighbours(block, patches, h, w), expected)
+
+
+def test_nearness_falls_with_distance():
+    weights = nearness(2, 3)
+    assert torch.equal(weights, weights.T)
+    assert torch.equal(weights.diagonal(), torch.ones(6))
+    expected = torch.exp(torch.tensor([0.0, 1.0, 4.0, 1.0, 2.0, 5.0]) / -50)  # 5 patches are one standard deviation
+    assert torch.allclose(weights[0], expected)
+
+
+def test_the_way_of_attending_is_the_models_choice(tiny_model):
+    images = torch.randn(1, 3, 32, 48)
+    plain = tiny_model.image_features(images)
+    tiny_model.use_kp_attention("neighbours")
+    try:
+        other = tiny_model.image_features(images)
+    finally:
+        tiny_model.use_kp_attention("self")
+    assert torch.equal(plain.grounded_BDhw, other.grounded_BDhw)
+    assert plain.kp_BDhw.shape == other.kp_BDhw.shape
+    assert not torch.allclose(plain.kp_BDhw, other.kp_BDhw, atol=1e-2)
+    assert torch.equal(plain.kp_BDhw, tiny_model.image_features(images).kp_BDhw)
+    with pytest.raises(ConfigError, match="unknown KP attention 'far'; choose self or neighbours"):
+        tiny_model.use_kp_attention("far")
