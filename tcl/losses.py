@@ -27,8 +27,8 @@ class LossWeights:
     area: both area losses.
     tv: both total variation losses.
     area_prior: share of the image that a text which belongs to it should cover, in 0..1.
-    tile: texts whose masks are in memory at a time, which changes rounding only; 0 computes all masks at once. The
-        default was the fastest measured (tests/bench/tiled_loss.py), for few texts too.
+    tile: texts whose masks are in memory at a time, which changes rounding only; 0 computes all masks at once, which
+        takes memory for images x texts. Which is faster depends on the machine: tests/bench/tiled_loss.py tells.
     reference_bugs: over several processes, compute the feature-level loss, the area loss and the average of gradients
         as the authors' code does, for comparison with it: text to image, their feature-level loss pairs a text with
         the mask of another process's text; their area loss judges each process's mean by itself; and the tensors of
@@ -39,7 +39,7 @@ class LossWeights:
     area: float = 0.4
     tv: float = 1.0
     area_prior: float = 0.4
-    tile: int = 256
+    tile: int = 0
     reference_bugs: bool = False
 
     def __post_init__(self) -> None:
