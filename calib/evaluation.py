@@ -45,6 +45,7 @@ class EvaluationSettings:
     limit: the first so many images only.
     windows_per_run: windows of one image that the image graph takes at once.
     flip: look at the mirrored image as well.
+    scales: look at the image in several sizes of the bundle.
     contrast: more prompts, whose pixels are background.
     threads: CPU threads of one process; None shares the CPUs out among the workers.
     """
@@ -58,6 +59,7 @@ class EvaluationSettings:
     limit: int | None = None
     windows_per_run: int = 1
     flip: bool = False
+    scales: bool = False
     contrast: tuple[str, ...] = ()
     threads: int | None = None
 
@@ -260,6 +262,7 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
             threads=threads,
             windows_per_run=settings.windows_per_run,
             flip=settings.flip,
+            scales=settings.scales,
         )
         for precision in settings.precisions
     )
@@ -276,6 +279,7 @@ def _run_key(dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scorin
         parts += [
             precision,
             segmenter.flip,
+            segmenter.scales,
             segmenter.backend.name,
             hashes,
             segmenter.bundle.text_encoder_hash,
@@ -438,6 +442,8 @@ def _notes(dataset: Dataset, segmenter: Segmenter, scoring: Scoring, total: int)
         notes.append(f"contrast prompts: {', '.join(scoring.contrast)}")
     if segmenter.flip:
         notes.append("masks are the mean over the image and its mirror image")
+    if segmenter.scales:
+        notes.append("masks are the mean over several sizes of the image")
     if total < len(dataset):
         notes.append(f"the first {total} of {len(dataset)} images")
     return notes

@@ -19,10 +19,12 @@ from ._settings import (
     DEFAULT_MODEL,
     BackendName,
     BackendOption,
+    FlipOption,
     JsonOption,
     ModelOption,
     PrecisionName,
     PrecisionOption,
+    ScalesOption,
     fraction,
 )
 
@@ -112,9 +114,8 @@ def eval_(
         int,
         typer.Option("--windows", min=1, metavar="N", help="Windows of an image in one run: more fills a GPU."),
     ] = 1,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Look at each image mirrored as well and take the mean (twice the time).")
-    ] = False,
+    flip: FlipOption = False,
+    scales: ScalesOption = False,
     contrast: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,6 +147,7 @@ def eval_(
         limit=limit,
         windows_per_run=windows,
         flip=flip,
+        scales=scales,
         contrast=tuple(contrast or ()),
     )
     share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
