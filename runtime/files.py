@@ -1,9 +1,7 @@
 """Files that are never half written, and the folders tclkit keeps its own files in."""
 
 import contextlib
-import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +29,8 @@ def cache_folder() -> Path:
 
 def sha256_from_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
+    import hashlib  # loads OpenSSL, which most commands never need
+
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -39,7 +39,7 @@ def sha256_from_file(path: str | Path) -> str:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 @contextlib.contextmanager
