@@ -273,6 +273,7 @@ def test_ranks_and_workers(invoke: Invoke, here: Path, mini: ModuleType, model: 
         (["--compare", "fp32,fp16", "--precision", "fp16"], "exclude each other"),
         (["-b", "ade20k", "--data", "d", "--threshold", "0.5"], "no effect on ade20k"),
         (["-b", "voc20", "--data", "d", "--contrast", "sky"], "no effect on voc20"),
+        (["--clip", "ViT-B-16"], "--clip goes with --torch CHECKPOINT"),
         (["--limit", "0"], "--limit"),
         (["--threshold", "2"], "not in the range"),
     ],
@@ -290,6 +291,7 @@ def test_usage_errors(invoke: Invoke, here: Path, arguments: list[str], text: st
     [
         (["--model", "no-such-model"], "no-such-model"),
         (["--precision", "int8"], "no image graph in int8"),
+        (["--torch", "no-such.pt"], "there is no file no-such.pt"),
         (["--scales"], "of one aspect in two sizes or more, found 128x128"),
         (["--rank", "3", "--world-size", "2"], "ranks of 2 are 0 to 1"),
         (["--compare", "fp32,fp32"], "one or more different"),

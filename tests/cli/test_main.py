@@ -26,9 +26,9 @@ OPTIONS = {
     "train": "--config -c --output -o --set --resume --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",
-    "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --pamr --threshold --kp --limit "
-    "--workers --loaders --rank --world-size --windows --flip --scales --contrast --output -o --pictures "
-    "--no-pictures --classes --json --debug",
+    "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --torch --clip --pamr "
+    "--threshold --kp --limit --workers --loaders --rank --world-size --windows --flip --scales --contrast --output -o "
+    "--pictures --no-pictures --classes --json --debug",
     "data": "",
     "data prepare": "name --root --source --check --json --debug",
 }
