@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .benchmarks import Benchmark, benchmark_named, published_benchmarks
     from .calibration_images import CalibrationProgress, CalibrationSet, ImageBatches, select_images
     from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
-    from .evaluation import Evaluation, EvaluationSettings, Share, ViewResult, evaluate
+    from .evaluation import Contender, Evaluation, EvaluationSettings, Share, ViewResult, evaluate
     from .gallery import Extremes, find_extremes
     from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, mse_limit, percentile_limit
     from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
@@ -23,6 +23,7 @@ __all__ = [
     "Benchmark",
     "CalibrationProgress",
     "CalibrationSet",
+    "Contender",
     "Dataset",
     "Evaluation",
     "EvaluationSettings",
@@ -65,7 +66,7 @@ _HOMES = {
     "benchmarks": ("Benchmark", "benchmark_named", "published_benchmarks"),
     "calibration_images": ("CalibrationProgress", "CalibrationSet", "ImageBatches", "select_images"),
     "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),
-    "evaluation": ("Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
+    "evaluation": ("Contender", "Evaluation", "EvaluationSettings", "Share", "ViewResult", "evaluate"),
     "gallery": ("Extremes", "find_extremes"),
     "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "mse_limit", "percentile_limit"),
     "metrics": (

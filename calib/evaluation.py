@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from tclkit.runtime.backends import Backend
+from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import InputError, TclkitError
+from tclkit.runtime.manifest import PRECISIONS
 from tclkit.runtime.segmenter import Segmenter
 
 from .datasets import Dataset, Example
@@ -30,6 +33,20 @@ from .prediction import Predictor, Scoring, count_example, counts_from_cells, sc
 Progress = Callable[[int, int], None]
 _POLL_S = 0.5
 _JOURNALS = "journal"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """Another implementation of a bundle's model, to be measured beside the bundle's own graphs.
+
+    name: its row in the results.
+    identity: changes with all that its figures depend on, the bundle aside.
+    open: called with the bundle and a number of CPU threads (None: its own choice); pickled for several workers.
+    """
+
+    name: str
+    identity: str
+    open: Callable[[Bundle, int | None], Backend]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +62,10 @@ class EvaluationSettings:
     limit: the first so many images only.
     windows_per_run: windows of one image that the image graph takes at once.
     flip: look at the mirrored image as well.
+    scales: look at the image in several sizes of the bundle.
     contrast: more prompts, whose pixels are background.
     threads: CPU threads of one process; None shares the CPUs out among the workers.
+    contenders: other implementations, which take their turn after the precisions.
     """
 
     model: str
@@ -58,12 +77,17 @@ class EvaluationSettings:
     limit: int | None = None
     windows_per_run: int = 1
     flip: bool = False
+    scales: bool = False
     contrast: tuple[str, ...] = ()
     threads: int | None = None
+    contenders: tuple[Contender, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.precisions or len(set(self.precisions)) != len(self.precisions):
             raise InputError(f"precisions should be one or more different ones, got {', '.join(self.precisions)}")
+        names = [contender.name for contender in self.contenders]
+        if len({*names, *PRECISIONS}) != len(names) + len(PRECISIONS):
+            raise InputError(f"contenders should have different names, and none of a precision, got {', '.join(names)}")
         for name in ("limit", "windows_per_run", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -96,7 +120,7 @@ _WHOLE = Share()
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ViewResult:
-    """Figures of one precision in one view.
+    """Figures of one precision, or of a contender, in one view.
 
     scores: over all counted images.
     counts: (K + 1, K), see `count_pixels`.
@@ -119,7 +143,7 @@ class Evaluation:
     key, title, classes: of the benchmark.
     model, backend: what was evaluated, on what.
     scoring: threshold, KP share and so on that were used.
-    results: by precision, by view.
+    results: by precision or contender, by view.
     total: images of the data set, or of the limit.
     counted: of these, how many the figures hold.
     left_out: (name, reason) of images that could not be used.
@@ -226,7 +250,7 @@ def _evaluated(
         kp_w=settings.kp_w,
         contrast=settings.contrast,
     )
-    key = _run_key(dataset, segmenters, scoring)
+    key = _run_key(dataset, segmenters, scoring, {one.name: one.identity for one in settings.contenders})
     total = min(len(dataset), settings.limit or len(dataset))
     known = read_journals(journals, key).images
     indices = tuple(index for index in range(share.rank, total, share.world_size) if index not in known)
@@ -248,7 +272,7 @@ def _evaluated(
 
 
 def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
-    """A Segmenter for each precision, by the precision that its backend chose."""
+    """A Segmenter for each precision, by the precision that its backend chose, and for each contender, by its name."""
     threads = settings.threads
     if threads is None and workers > 1:
         threads = max(1, _usable_cpus() // workers)
@@ -260,22 +284,38 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
             threads=threads,
             windows_per_run=settings.windows_per_run,
             flip=settings.flip,
+            scales=settings.scales,
         )
         for precision in settings.precisions
     )
-    return {segmenter.backend.precision: segmenter for segmenter in opened}
+    segmenters = {segmenter.backend.precision: segmenter for segmenter in opened}
+    bundle = next(iter(segmenters.values())).bundle
+    for contender in settings.contenders:
+        segmenters[contender.name] = Segmenter(
+            bundle,
+            contender.open(bundle, threads),
+            cache=None,  # it holds embeddings of the bundle's text graph; a contender embeds texts itself
+            windows_per_run=settings.windows_per_run,
+            flip=settings.flip,
+            scales=settings.scales,
+        )
+    return segmenters
 
 
-def _run_key(dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring) -> str:
+def _run_key(
+    dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring, identities: Mapping[str, str]
+) -> str:
     """Digest of all that a figure depends on, and of nothing else: neither paths, nor the limit, nor workers."""
     parts: list[Any] = [dataset.fingerprint(), asdict(scoring)]
-    for segmenter in segmenters.values():
-        manifest, precision = segmenter.bundle.manifest, segmenter.backend.precision
-        graphs = sorted(image.files[precision] for image in manifest.images if precision in image.files)
+    for name, segmenter in segmenters.items():
+        manifest = segmenter.bundle.manifest
+        graphs = sorted(image.files[name] for image in manifest.images if name in image.files)
         hashes = [manifest.files[file].sha256 for file in (*graphs, manifest.masks)]
         parts += [
-            precision,
+            name,
+            identities.get(name),
             segmenter.flip,
+            segmenter.scales,
             segmenter.backend.name,
             hashes,
             segmenter.bundle.text_encoder_hash,
@@ -438,6 +478,8 @@ def _notes(dataset: Dataset, segmenter: Segmenter, scoring: Scoring, total: int)
         notes.append(f"contrast prompts: {', '.join(scoring.contrast)}")
     if segmenter.flip:
         notes.append("masks are the mean over the image and its mirror image")
+    if segmenter.scales:
+        notes.append("masks are the mean over several sizes of the image")
     if total < len(dataset):
         notes.append(f"the first {total} of {len(dataset)} images")
     return notes

@@ -41,6 +41,7 @@ def find_extremes(
         precision=precision,
         threads=settings.threads,
         flip=settings.flip,
+        scales=settings.scales,
     ) as segmenter:
         predictor = Predictor(segmenter, dataset, evaluation.scoring)
         return Extremes(

@@ -62,6 +62,17 @@ PrecisionOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on standard output.")]
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Look at each image mirrored as well and take the mean (twice the time).")
+]
+ScalesOption = Annotated[
+    bool,
+    typer.Option(
+        "--scales",
+        help="Look at each image in every size of the bundle that has its aspect and take the mean; for a bundle that "
+        "was exported with several.",
+    ),
+]
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Training checkpoint: ours, or the authors' tcl.pth.")
 ]

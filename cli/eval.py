@@ -13,21 +13,36 @@ import typer
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file
 
-from ._console import EXIT_FAILED, DebugOption, error_text, fail, plain, print_json, printer, say, table, warn
+from ._console import (
+    EXIT_FAILED,
+    DebugOption,
+    error_text,
+    fail,
+    plain,
+    print_json,
+    printer,
+    require_extra,
+    say,
+    table,
+    warn,
+)
 from ._progress import work_display
 from ._settings import (
     DEFAULT_MODEL,
     BackendName,
     BackendOption,
+    ClipOption,
+    FlipOption,
     JsonOption,
     ModelOption,
     PrecisionName,
     PrecisionOption,
+    ScalesOption,
     fraction,
 )
 
 if TYPE_CHECKING:
-    from tclkit.calib import Dataset, Evaluation, EvaluationSettings, Share
+    from tclkit.calib import Contender, Dataset, Evaluation, EvaluationSettings, Share
 
 _SHAPES, _OWN, _ALL = "shapes", "folder", "all"
 _DEFAULT_OUTPUT = Path("tclkit-eval")
@@ -78,6 +93,16 @@ def eval_(
         str | None,
         typer.Option("--compare", metavar="P,P...", help="Several precisions, image by image in turn: fp32,fp16,int8."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--torch",
+            metavar="CHECKPOINT",
+            help="What the model was exported from: a row for torch on the CPU beside the graphs', image by image in "
+            "turn. Needs the train extra.",
+        ),
+    ] = None,
+    clip: ClipOption = None,
     pamr: Annotated[bool, typer.Option("--pamr", help="Refine masks along the images' edges (slower).")] = False,
     threshold: Annotated[
         float | None,
@@ -112,9 +137,8 @@ def eval_(
         int,
         typer.Option("--windows", min=1, metavar="N", help="Windows of an image in one run: more fills a GPU."),
     ] = 1,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Look at each image mirrored as well and take the mean (twice the time).")
-    ] = False,
+    flip: FlipOption = False,
+    scales: ScalesOption = False,
     contrast: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +157,8 @@ def eval_(
 ) -> None:
     """Measure mIoU and latency; run the same command again to go on after an interruption."""
     keys = _keys(benchmark or [_SHAPES])
+    if clip is not None and checkpoint is None:
+        raise typer.BadParameter("--clip goes with --torch CHECKPOINT")
     _check_usage(keys, data, names, precision, compare, threshold=threshold is not None, contrast=bool(contrast))
     from tclkit.calib import EvaluationSettings, Share
 
@@ -146,7 +172,9 @@ def eval_(
         limit=limit,
         windows_per_run=windows,
         flip=flip,
+        scales=scales,
         contrast=tuple(contrast or ()),
+        contenders=() if checkpoint is None else (_torch_row(checkpoint, clip),),
     )
     share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
     outcome = Outcome()
@@ -161,6 +189,13 @@ def eval_(
     else:
         _print_figures(outcome.evaluations, classes=classes)
     _close(outcome, output)
+
+
+def _torch_row(checkpoint: Path, clip: str | None) -> "Contender":
+    require_extra("train", "torch", "open_clip")
+    from tclkit.tcl import torch_contender
+
+    return torch_contender(checkpoint, clip=clip)
 
 
 def _keys(given: Sequence[str]) -> list[str]:

@@ -20,10 +20,12 @@ from ._settings import (
     BackendName,
     BackendOption,
     FitName,
+    FlipOption,
     JsonOption,
     ModelOption,
     PrecisionName,
     PrecisionOption,
+    ScalesOption,
     fraction,
 )
 from ._sources import Source, find_sources, stands_for_many
@@ -98,6 +100,8 @@ def segment(
             help="whole: resized to fit inside the model's size; stretch: to that size; slide: overlapping windows.",
         ),
     ] = FitName.WHOLE,
+    flip: FlipOption = False,
+    scales: ScalesOption = False,
     contrast: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,7 +123,7 @@ def segment(
         "fit": fit.value,
         "contrast": contrast,
     }
-    segmenter, prompt_set = _opened(model, backend, precision, prompts or [], bank)
+    segmenter, prompt_set = _opened(model, backend, precision, prompts or [], bank, flip=flip, scales=scales)
     segmenter.stream([], prompt_set, **settings)  # checks the settings: no image is to blame for them
     outcome = Outcome()
     for source, overlay in tracked(list(zip(sources, overlays, strict=True)), "segmenting", shown=many):
@@ -141,11 +145,16 @@ def _check_usage(prompts: list[str] | None, bank: Path | None, threshold: float 
 
 
 def _opened(
-    model: str, backend: BackendName, precision: PrecisionName, prompts: Sequence[str], bank: Path | None
+    model: str,
+    backend: BackendName,
+    precision: PrecisionName,
+    prompts: Sequence[str],
+    bank: Path | None,
+    **ways: bool,
 ) -> "tuple[Segmenter, PromptSet]":
     from tclkit.runtime import Segmenter, load_prompt_bank
 
-    segmenter = Segmenter.open(model, backend=backend.value, precision=precision.value)
+    segmenter = Segmenter.open(model, backend=backend.value, precision=precision.value, **ways)
     if bank is None:
         return segmenter, segmenter.prompts(prompts)
     return segmenter, load_prompt_bank(bank, text_encoder_hash=segmenter.bundle.text_encoder_hash)

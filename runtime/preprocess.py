@@ -22,6 +22,7 @@ from .windows import Window, WindowAverage, window_positions
 Fit = Literal["whole", "stretch", "slide"]
 FITS: tuple[str, ...] = get_args(Fit)
 LONG_SIDE_LIMIT = 2048  # of the published protocol
+_SAME_ASPECT = 0.1  # of log(W/H): sides are multiples of the patch, so that no two sizes need to be exactly alike
 
 
 def check_image(image_hwc: object) -> NDArray[np.uint8]:
@@ -191,8 +192,7 @@ def plan_fit(
         InputError: unknown fit, or an aspect ratio so extreme that less than one patch of the short side would remain.
     """
     check_fit(fit)
-    target_aspect = 1.0 if fit == "slide" else source_size[1] / source_size[0]
-    graph_size = min(graph_sizes, key=lambda size: abs(math.log(size[1] / size[0] / target_aspect)))
+    graph_size = _nearest_size(source_size, graph_sizes, fit)
     if fit == "stretch":
         resized_size = graph_size
     elif fit == "whole":
@@ -209,6 +209,50 @@ def plan_fit(
         graph_size=graph_size,
         windows=window_positions(resized_size, graph_size, stride),
     )
+
+
+def plan_scales(
+    source_size: tuple[int, int], graph_sizes: Sequence[tuple[int, int]], fit: str = "whole", *, patch_size: int = 16
+) -> tuple[FitPlan, ...]:
+    """Plan how an image reaches image graphs of one aspect and several sizes, the finest first; see `plan_fit`.
+
+    Sizes whose sides are in the same ratio to within a tenth count as of one aspect. Aspects that come in one size
+    only are passed over, however near.
+
+    Raises:
+        InputError: as `plan_fit`, or no aspect comes in two sizes.
+    """
+    check_fit(fit)
+    nearest = _nearest_size(source_size, sizes_with_scales(graph_sizes), fit)
+    sizes = sorted((size for size in graph_sizes if _is_same_aspect(size, nearest)), key=math.prod, reverse=True)
+    return tuple(plan_fit(source_size, [size], fit, patch_size=patch_size) for size in sizes)
+
+
+def sizes_with_scales(graph_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the (H, W) that have at least one of another size and the same aspect beside them.
+
+    Raises:
+        InputError: there are none; names the remedy.
+    """
+    found = [size for size in graph_sizes if sum(_is_same_aspect(size, other) for other in graph_sizes) > 1]
+    if not found:
+        have = ", ".join(f"{height}x{width}" for height, width in graph_sizes)
+        height, width = graph_sizes[0]
+        raise InputError(
+            f"scales need image graphs of one aspect in two sizes or more, found {have}. Export the model with more: "
+            f"tclkit export --size {height}x{width} --size {2 * height}x{2 * width}",
+            found=have,
+        )
+    return found
+
+
+def _nearest_size(source_size: tuple[int, int], graph_sizes: Sequence[tuple[int, int]], fit: str) -> tuple[int, int]:
+    target_aspect = 1.0 if fit == "slide" else source_size[1] / source_size[0]
+    return min(graph_sizes, key=lambda size: abs(math.log(size[1] / size[0] / target_aspect)))
+
+
+def _is_same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    return abs(math.log(size[1] * other[0] / (size[0] * other[1]))) <= _SAME_ASPECT
 
 
 def _size_inside(source_size: tuple[int, int], graph_size: tuple[int, int]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from .errors import BackendError, InputError, TclkitError
 from .labels import labels_from_masks, without_contrast
 from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
-from .preprocess import FitPlan, check_fit, check_image, plan_fit
+from .preprocess import FitPlan, check_fit, check_image, plan_fit, plan_scales, sizes_with_scales
 from .prompts import PromptSet, unknown_words
 from .result import Segmentation, segmentation_from_masks
 from .upsample import resize_masks
@@ -46,6 +46,7 @@ class ImageFeatures:
         inputs: (h, w, 3) uint8, what went in, one a window.
         features: of each run of the image graph, one window or several.
         timings_ms: what making them took.
+        smaller: the same at the bundle's smaller sizes, for a Segmenter that takes the mean over scales.
     """
 
     image_hwc: NDArray[np.uint8]
@@ -53,6 +54,7 @@ class ImageFeatures:
     inputs: tuple[NDArray[np.uint8], ...]
     features: tuple[Features, ...]
     timings_ms: dict[str, float]
+    smaller: tuple["ImageFeatures", ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,13 +104,29 @@ class _WindowMasks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Prepared:
-    """An image brought to the model's input."""
+class _Fitted:
+    """An image brought to the input of one image graph."""
 
-    image_hwc: NDArray[np.uint8]
     plan: FitPlan
     inputs: tuple[NDArray[np.uint8], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Prepared:
+    """An image brought to the model's input: once, or once a scale, the finest first."""
+
+    image_hwc: NDArray[np.uint8]
+    fitted: tuple[_Fitted, ...]
     preprocess_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Seen:
+    """One fit of an image and its features, run by run of the image graph; they may come as they are asked for."""
+
+    plan: FitPlan
+    inputs: tuple[NDArray[np.uint8], ...]
+    features: Iterable[Features]
 
 
 class Segmenter:
@@ -130,6 +148,7 @@ class Segmenter:
         cache: "TextCache | None" = None,
         windows_per_run: int = 1,
         flip: bool = False,
+        scales: bool = False,
     ) -> None:
         """Join an opened bundle and the backend that runs it; most callers use `Segmenter.open`.
 
@@ -139,14 +158,16 @@ class Segmenter:
             cache: of text embeddings; None embeds every prompt anew.
             windows_per_run: windows of one image that the image graph takes at once, at most.
             flip: look at the mirrored image as well; see `open`.
+            scales: look at the image in several sizes; see `open`.
 
         Raises:
-            InputError: windows_per_run is below 1.
+            InputError: windows_per_run is below 1, or the bundle has no two sizes for scales.
         """
         if windows_per_run < 1:
             raise InputError(f"windows_per_run should be 1 or more, found {windows_per_run}")
         self.windows_per_run = windows_per_run
         self.flip = flip
+        self.scales = scales
         self.bundle = bundle
         self.backend = backend
         self.cache = cache
@@ -158,6 +179,8 @@ class Segmenter:
         self._total_ms: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._pad_rgb = _bytes_from_mean(bundle.manifest.preprocessing.mean)
         self._graph_sizes = [(entry.height, entry.width) for entry in bundle.manifest.images]
+        if scales:
+            sizes_with_scales(self._graph_sizes)
 
     @classmethod
     def open(
@@ -171,6 +194,7 @@ class Segmenter:
         verify: bool = True,
         windows_per_run: int = 1,
         flip: bool = False,
+        scales: bool = False,
     ) -> "Segmenter":
         """Open a model.
 
@@ -185,15 +209,19 @@ class Segmenter:
             windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and
                 needs memory for as many.
             flip: look at the mirrored image as well and take the mean of both masks, for twice the image graph's time.
+            scales: look at the image in every size of the bundle that has the aspect nearest to the image's, and take
+                the mean of the masks; of use to a bundle exported with several sizes. Sizes count as of one aspect when
+                they are so to within a tenth; an aspect of which there is one size only is not taken.
 
         Raises:
             BundleError: unknown name, incomplete or damaged.
             BackendError: the backend is not installed or cannot run this bundle.
             EngineMismatchError: TensorRT was asked for, and its engines are for another machine or another graph.
+            InputError: windows_per_run is below 1, or the bundle has no two sizes for scales.
         """
         bundle = open_bundle(model, verify=verify)
         opened = choose_backend(backend, bundle, precision=precision, threads=threads)
-        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run, flip=flip)
+        return cls(bundle, opened, cache=_text_cache(cache), windows_per_run=windows_per_run, flip=flip, scales=scales)
 
     @property
     def model(self) -> str:
@@ -293,15 +321,19 @@ class Segmenter:
         self._check_thread()
         prepared = self._prepare(image_hwc, fit)
         timings = {"preprocess": prepared.preprocess_ms}
-        features = tuple(self._window_features(prepared, timings))
+        self._total_ms["preprocess"] += prepared.preprocess_ms
+        finest, *smaller = [
+            ImageFeatures(
+                image_hwc=prepared.image_hwc,
+                plan=fitted.plan,
+                inputs=fitted.inputs,
+                features=tuple(self._window_features(fitted.inputs, timings)),
+                timings_ms=timings,
+            )
+            for fitted in prepared.fitted
+        ]
         self._counters["images"] += 1
-        return ImageFeatures(
-            image_hwc=prepared.image_hwc,
-            plan=prepared.plan,
-            inputs=prepared.inputs,
-            features=features,
-            timings_ms=timings,
-        )
+        return replace(finest, smaller=tuple(smaller))
 
     def segment(
         self,
@@ -318,8 +350,9 @@ class Segmenter:
         options = self._options(threshold, background, kp_w, pamr)
         asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
-        fitted = self._fitted_masks(features.plan, features.inputs, features.features, asked.every, options, timings)
-        return self._labelled(features.image_hwc, features.plan, fitted, asked, options, timings)
+        seen = _seen(features)
+        fitted = self._fitted_masks(seen, asked.every, options, timings)
+        return self._labelled(features.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
     def masks(
         self, features: ImageFeatures, prompts: Prompts, *, kp_w: float | None = None, pamr: bool = False
@@ -330,7 +363,7 @@ class Segmenter:
         """
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
-        fitted = self._fitted_masks(features.plan, features.inputs, features.features, prompt_set, options, {})
+        fitted = self._fitted_masks(_seen(features), prompt_set, options, {})
         return resize_masks(fitted, features.plan.source_size)
 
     def stream(
@@ -379,22 +412,29 @@ class Segmenter:
         start = time.perf_counter()
         image = check_image(image_hwc)
         size = (image.shape[0], image.shape[1])
-        plan = plan_fit(size, self._graph_sizes, fit, patch_size=self.bundle.manifest.model.patch_size)
-        inputs = tuple(plan.inputs(image, self._pad_rgb))
-        return _Prepared(image_hwc=image, plan=plan, inputs=inputs, preprocess_ms=_elapsed_ms(start))
+        patch = self.bundle.manifest.model.patch_size
+        if self.scales:
+            plans = plan_scales(size, self._graph_sizes, fit, patch_size=patch)
+        else:
+            plans = (plan_fit(size, self._graph_sizes, fit, patch_size=patch),)
+        fitted = tuple(_Fitted(plan=plan, inputs=tuple(plan.inputs(image, self._pad_rgb))) for plan in plans)
+        return _Prepared(image_hwc=image, fitted=fitted, preprocess_ms=_elapsed_ms(start))
 
     def _segment(self, prepared: _Prepared, asked: _Asked, options: _Options) -> Segmentation:
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
-        features = self._window_features(prepared, timings)
-        fitted = self._fitted_masks(prepared.plan, prepared.inputs, features, asked.every, options, timings)
-        self._counters["images"] += 1
-        return self._labelled(prepared.image_hwc, prepared.plan, fitted, asked, options, timings)
-
-    def _window_features(self, prepared: _Prepared, timings: dict[str, float]) -> Iterator[Features]:
-        """Features run by run of the image graph, so that those of many windows need not be held."""
         self._total_ms["preprocess"] += prepared.preprocess_ms
-        for windows in self._runs(prepared.inputs):
+        seen = [
+            _Seen(plan=one.plan, inputs=one.inputs, features=self._window_features(one.inputs, timings))
+            for one in prepared.fitted
+        ]
+        fitted = self._fitted_masks(seen, asked.every, options, timings)
+        self._counters["images"] += 1
+        return self._labelled(prepared.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
+
+    def _window_features(self, inputs: Sequence[NDArray[np.uint8]], timings: dict[str, float]) -> Iterator[Features]:
+        """Features run by run of the image graph, so that those of many windows need not be held."""
+        for windows in self._runs(inputs):
             with self._timed("image", timings):
                 images = np.stack(windows)
                 if self.flip:
@@ -409,22 +449,23 @@ class Segmenter:
             yield inputs[start : start + self.windows_per_run]
 
     def _fitted_masks(
-        self,
-        plan: FitPlan,
-        inputs: Sequence[NDArray[np.uint8]],
-        features: Iterable[Features],
-        prompts: PromptSet,
-        options: _Options,
-        timings: dict[str, float],
+        self, seen: Sequence[_Seen], prompts: PromptSet, options: _Options, timings: dict[str, float]
     ) -> NDArray[np.float32]:
-        """(N, h, w) float32 soft masks at the size the model saw the image."""
-        windows = (
-            window
-            for run, run_features in zip(self._runs(inputs), features, strict=True)
-            for window in self._window_masks(run_features, run, prompts, options, timings)
+        """(N, h, w) float32 soft masks at the size the model saw the image; the mean over scales at the finest's."""
+        scales = [self._all_window_masks(one, prompts, options, timings) for one in seen]
+        if options.pamr:
+            scales = self._all_refined([list(windows) for windows in scales], options, timings)
+        joined = (
+            one.plan.join((self._checked(window.masks) for window in windows), len(prompts))
+            for one, windows in zip(seen, scales, strict=True)
         )
-        finished = self._refined(list(windows), options, timings) if options.pamr else windows
-        return plan.join((self._checked(window.masks) for window in finished), len(prompts))
+        return _mean_over_scales(joined, len(seen))
+
+    def _all_window_masks(
+        self, seen: _Seen, prompts: PromptSet, options: _Options, timings: dict[str, float]
+    ) -> Iterator[_WindowMasks]:
+        for run, run_features in zip(self._runs(seen.inputs), seen.features, strict=True):
+            yield from self._window_masks(run_features, run, prompts, options, timings)
 
     def _window_masks(
         self,
@@ -450,15 +491,25 @@ class Segmenter:
         straight, mirrored = np.split(masks_BNhw, 2)
         return np.asarray((straight + mirrored[..., ::-1]) * np.float32(0.5))
 
+    def _all_refined(
+        self, scales: Sequence[Sequence[_WindowMasks]], options: _Options, timings: dict[str, float]
+    ) -> list[Iterator[_WindowMasks]]:
+        """Refine the masks of all windows of an image at each scale, and mix."""
+        with self._timed("pamr", timings):
+            chosen = _prompts_to_refine(scales, options)
+        return [self._refined(windows, chosen, options, timings) for windows in scales]
+
     def _refined(
-        self, windows: Sequence[_WindowMasks], options: _Options, timings: dict[str, float]
+        self,
+        windows: Sequence[_WindowMasks],
+        chosen: NDArray[np.bool_],
+        options: _Options,
+        timings: dict[str, float],
     ) -> Iterator[_WindowMasks]:
-        """Refine the masks of all windows of an image, and mix.
+        """Refine the masks of the chosen prompts window by window, and mix.
 
         PAMR refines the grounder's masks alone and comes before the KP masks are mixed in, as in the reference.
         """
-        with self._timed("pamr", timings):
-            chosen = _prompts_to_refine(windows, options)
         for window in windows:
             with self._timed("pamr", timings):
                 masks = np.array(window.masks)
@@ -481,14 +532,14 @@ class Segmenter:
     def _labelled(
         self,
         image_hwc: NDArray[np.uint8],
-        plan: FitPlan,
+        plans: Sequence[FitPlan],
         fitted: NDArray[np.float32],
         asked: _Asked,
         options: _Options,
         timings: dict[str, float],
     ) -> Segmentation:
         with self._timed("labels", timings):
-            labels = labels_from_masks(fitted, plan.source_size, options.threshold)
+            labels = labels_from_masks(fitted, plans[0].source_size, options.threshold)
             if asked.count < len(asked.every):
                 labels = without_contrast(labels, asked.count)
         return segmentation_from_masks(
@@ -498,10 +549,12 @@ class Segmenter:
             options.threshold,
             labels=labels,
             settings={
-                "fit": plan.fit,
+                "fit": plans[0].fit,
                 "kp_w": options.kp_w,
                 "pamr": options.pamr,
-                "windows": len(plan.windows),
+                "flip": self.flip,
+                "sizes": [list(plan.graph_size) for plan in plans],
+                "windows": sum(len(plan.windows) for plan in plans),
                 "precision": self.backend.precision,
             },
             model=self.model,
@@ -590,20 +643,42 @@ class Segmenter:
         self._total_ms[stage] += elapsed
 
 
-def _prompts_to_refine(windows: Sequence[_WindowMasks], options: _Options) -> NDArray[np.bool_]:
+def _seen(features: ImageFeatures) -> list[_Seen]:
+    return [_Seen(plan=one.plan, inputs=one.inputs, features=one.features) for one in (features, *features.smaller)]
+
+
+def _mean_over_scales(joined: Iterator[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
+    """The mean of masks (N, h, w) at the size of the first, which is the finest; a single one is left as it is."""
+    total = next(joined)
+    if count == 1:
+        return total
+    total = np.array(total, np.float32)
+    for masks in joined:
+        total += resize_masks(masks, (total.shape[1], total.shape[2]))
+    total /= count
+    return total
+
+
+def _prompts_to_refine(scales: Sequence[Sequence[_WindowMasks]], options: _Options) -> NDArray[np.bool_]:
     """(N,) bool, the prompts that may label a pixel of the image; see `highest_refined`. All where nothing bounds them.
+
+    The mean over scales never passes the mean of the scales' bounds. A prompt that stays below the floor at one scale
+    may pass it at another, so it is refined at all or at none.
 
     A mask that is not finite counts as one that may: it is refused later, with a message.
     """
     if options.floor is None:
-        return np.ones(len(windows[0].masks), np.bool_)
-    bounds = []
-    for window in windows:
-        bound = highest_refined(window.masks)
-        if window.kp is not None:
-            bound = options.kp_w * highest_refined(window.kp) + (1 - options.kp_w) * bound
-        bounds.append(bound)
-    return np.asarray(~(np.max(bounds, axis=0) <= options.floor - _BOUND_MARGIN))
+        return np.ones(len(scales[0][0].masks), np.bool_)
+    bounds = [np.max([_bound(window, options) for window in windows], axis=0) for windows in scales]
+    highest = bounds[0] if len(bounds) == 1 else np.mean(bounds, axis=0)
+    return np.asarray(~(highest <= options.floor - _BOUND_MARGIN))
+
+
+def _bound(window: _WindowMasks, options: _Options) -> NDArray[np.float32]:
+    bound = highest_refined(window.masks)
+    if window.kp is None:
+        return bound
+    return np.asarray(options.kp_w * highest_refined(window.kp) + (1 - options.kp_w) * bound, np.float32)
 
 
 def _elapsed_ms(start: float) -> float:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .clip import ClipConfig, build_clip, load_clip
     from .losses import LossWeights
     from .model import TCL, ImageFeatures, TCLConfig
+    from .torch_backend import TorchBackend, open_torch_backend, torch_contender
 
 __all__ = [
     "TCL",
@@ -18,11 +19,14 @@ __all__ = [
     "ImageFeatures",
     "LossWeights",
     "TCLConfig",
+    "TorchBackend",
     "build_clip",
     "load_checkpoint",
     "load_clip",
     "load_model",
+    "open_torch_backend",
     "save_checkpoint",
+    "torch_contender",
 ]
 
 _HOMES = {
@@ -36,6 +40,9 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "load_model": "checkpoint",
     "save_checkpoint": "checkpoint",
+    "TorchBackend": "torch_backend",
+    "open_torch_backend": "torch_backend",
+    "torch_contender": "torch_backend",
 }
 
 

@@ -15,10 +15,12 @@ from PIL import Image
 import tclkit.calib.evaluation as module
 from tclkit.calib.benchmarks import published_benchmarks
 from tclkit.calib.datasets import FolderDataset, open_benchmark, open_own_data
-from tclkit.calib.evaluation import Evaluation, EvaluationSettings, Share, evaluate
+from tclkit.calib.evaluation import Contender, Evaluation, EvaluationSettings, Share, evaluate
 from tclkit.calib.journal import journal_files
 from tclkit.calib.prediction import Predictor
 from tclkit.calib.prepare import prepare_labels
+from tclkit.runtime.backends import Backend, choose_backend
+from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import BackendError, InputError, TclkitError
 
 
@@ -203,7 +205,7 @@ def test_journals_of_two_machines_can_be_copied_together(
 
 
 def test_other_settings_are_another_run(many: FolderDataset, settings: EvaluationSettings, tmp_path: Path) -> None:
-    changes: list[dict[str, Any]] = [{}, {"pamr": True}, {"threshold": 0.6}, {"kp_w": 0.3}]
+    changes: list[dict[str, Any]] = [{}, {"pamr": True}, {"threshold": 0.6}, {"kp_w": 0.3}, {"flip": True}]
     for count, change in enumerate(changes, start=1):
         evaluate(many, replace(settings, limit=1, **change), folder=tmp_path)
         assert len(list((tmp_path / "journal").iterdir())) == count
@@ -246,6 +248,60 @@ def test_precisions_side_by_side(
     np.testing.assert_array_equal(alone.counts, full.counts)
     with pytest.raises(BackendError, match="no image graph in int8"):
         evaluate(many, replace(settings, precisions=("fp32", "int8")), folder=tmp_path)
+
+
+def half_backend(bundle: Bundle, threads: int | None) -> Backend:
+    """A contender's opener, at the top of a module so that it can be pickled."""
+    return choose_backend("onnxruntime", bundle, precision="fp16", threads=threads)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_contender_beside_the_graphs(
+    many: FolderDataset, settings: EvaluationSettings, with_half: Path, tmp_path: Path, workers: int
+) -> None:
+    """A row of its own, in the same run: here the half graph by another way."""
+    contender = Contender(name="other", identity="1", open=half_backend)
+    settings = replace(settings, model=str(with_half), precisions=("fp32", "fp16"), contenders=(contender,))
+    found = evaluate(many, settings, folder=tmp_path, share=Share(workers=workers))
+    assert list(found.results) == ["fp32", "fp16", "other"]
+    half, other = (found.results[name]["all"] for name in ("fp16", "other"))
+    np.testing.assert_array_equal(other.counts, half.counts)
+    assert other.agreement == half.agreement
+    assert other.latency_ms > 0
+    journals = len(list((tmp_path / "journal").iterdir()))
+    evaluate(many, replace(settings, limit=1), folder=tmp_path)
+    assert len(list((tmp_path / "journal").iterdir())) == journals == workers
+    changed = replace(settings, limit=1, contenders=(replace(contender, identity="2"),))
+    evaluate(many, changed, folder=tmp_path)  # another identity is another run
+    assert len(list((tmp_path / "journal").iterdir())) == journals + 1
+
+
+def test_a_contenders_texts_are_its_own(many: FolderDataset, settings: EvaluationSettings, tmp_path: Path) -> None:
+    """It neither reads embeddings that the bundle's text graph made from the cache, nor writes there."""
+    asked: list[int] = []
+
+    def opened(bundle: Bundle, threads: int | None) -> Backend:
+        backend = choose_backend("onnxruntime", bundle, threads=threads)
+        encode = backend.encode_text
+
+        def noting(token_ids_ML: np.ndarray) -> np.ndarray:
+            asked.append(len(token_ids_ML))
+            return encode(token_ids_ML)
+
+        backend.encode_text = noting  # type: ignore[method-assign]
+        return backend
+
+    evaluate(many, replace(settings, limit=1), folder=tmp_path / "first")  # fills the cache
+    contender = Contender(name="other", identity="", open=opened)
+    evaluate(many, replace(settings, limit=1, contenders=(contender,)), folder=tmp_path / "second")
+    assert sum(asked) > 0
+
+
+@pytest.mark.parametrize("names", [["fp32"], ["a", "a"]])
+def test_contenders_have_names_of_their_own(names: list[str]) -> None:
+    contenders = tuple(Contender(name=name, identity="", open=half_backend) for name in names)
+    with pytest.raises(InputError, match="contenders should have different names, and none of a precision"):
+        EvaluationSettings(model="m", contenders=contenders)
 
 
 def test_who_begins_changes_from_image_to_image() -> None:

@@ -158,6 +158,23 @@ def test_the_synthetic_world(invoke: Invoke, here: Path) -> None:
     assert again.stdout == result.stdout  # times, too: nothing was computed again
 
 
+def test_several_sizes(
+    invoke: Invoke, data: Path, tiny: ModuleType, mini: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of both sizes; another run than that of one size, and the published protocol no longer."""
+    monkeypatch.setattr(tiny, "PALETTE", mini.CLASS_COLOURS)
+    model = tiny.write_tiny_bundle(tmp_path / "model", more_sizes=[(128, 128)])
+    arguments = ["eval", "-b", "voc20", "--data", "data", "--model", model, "--flip"]
+    (plain,) = rows(invoke(*arguments, "--no-pictures"))
+    result = invoke(*arguments, "--scales")
+    assert result.exit_code == 0, result.stderr
+    (row,) = rows(result)
+    assert row[2] != plain[2]
+    assert float(row[2]) > 60
+    assert "not the published protocol: masks are the mean over several sizes of the image" in result.stderr
+    assert Path("tclkit-eval/voc20-best.png").is_file()
+
+
 @pytest.fixture
 def with_half(here: Path, tiny: ModuleType) -> Path:
     """tcl-shapes with a graph under fp16 and int8 whose weights are rounded to half and to 8 bits."""
@@ -256,6 +273,7 @@ def test_ranks_and_workers(invoke: Invoke, here: Path, mini: ModuleType, model: 
         (["--compare", "fp32,fp16", "--precision", "fp16"], "exclude each other"),
         (["-b", "ade20k", "--data", "d", "--threshold", "0.5"], "no effect on ade20k"),
         (["-b", "voc20", "--data", "d", "--contrast", "sky"], "no effect on voc20"),
+        (["--clip", "ViT-B-16"], "--clip goes with --torch CHECKPOINT"),
         (["--limit", "0"], "--limit"),
         (["--threshold", "2"], "not in the range"),
     ],
@@ -273,6 +291,8 @@ def test_usage_errors(invoke: Invoke, here: Path, arguments: list[str], text: st
     [
         (["--model", "no-such-model"], "no-such-model"),
         (["--precision", "int8"], "no image graph in int8"),
+        (["--torch", "no-such.pt"], "there is no file no-such.pt"),
+        (["--scales"], "of one aspect in two sizes or more, found 128x128"),
         (["--rank", "3", "--world-size", "2"], "ranks of 2 are 0 to 1"),
         (["--compare", "fp32,fp32"], "one or more different"),
     ],

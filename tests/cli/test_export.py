@@ -1,47 +1,24 @@
 """`tclkit export`: what was trained becomes a bundle that `tclkit segment` takes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
-import torch
 import typer
 from typer.testing import Result
 
 from tclkit.cli.export import parse_sizes
 from tclkit.runtime import open_bundle
-from tclkit.tcl import TCL, ClipConfig, TCLConfig, save_checkpoint
-from tclkit.tcl.tokenizer_file import pruned_tokenizer_json, vocabulary_size
 
 Invoke = Callable[..., Result]
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """tcl.pt in the current folder: two layers, untrained."""
-    monkeypatch.chdir(tmp_path)
-    tokenizer_json = pruned_tokenizer_json(["a photo of a red circle."])
-    torch.manual_seed(0)
-    config = ClipConfig(
-        embed_dim=16,
-        image_size=32,
-        patch_size=16,
-        vision_width=32,
-        vision_layers=2,
-        vision_head_width=16,
-        context_length=12,
-        vocab_size=vocabulary_size(tokenizer_json),
-        text_width=16,
-        text_heads=1,
-        text_layers=1,
-        quick_gelu=False,
-    )
-    extra = {"name": "tiny", "tokenizer_json": tokenizer_json, "templates": ["a {}."], "image_size": 32}
-    save_checkpoint("tcl.pt", TCL(TCLConfig(clip=config, decoder_blocks=1)), extra=extra)
-    return Path("tcl.pt")
-
-
-def test_from_checkpoint_to_segment(invoke: Invoke, checkpoint: Path, scene: Path) -> None:
+def test_from_checkpoint_to_segment_and_eval(
+    invoke: Invoke, checkpoint: Path, scene: Path, mini: ModuleType, tmp_path: Path
+) -> None:
     result = invoke("export", checkpoint, "-o", "my bundle", "--size", "32x64", "--name", "mine")
     assert result.exit_code == 0, result.stderr
     for file in ("image.onnx", "masks.onnx", "text.onnx", "tokenizer.json"):
@@ -53,6 +30,23 @@ def test_from_checkpoint_to_segment(invoke: Invoke, checkpoint: Path, scene: Pat
     assert bundle.name == "mine"
     assert [(image.height, image.width) for image in bundle.manifest.images] == [(32, 64)]
     assert invoke("segment", scene, "a red circle", "--model", folder).exit_code == 0
+    mini.write_own(tmp_path / "own")
+    arguments = ["eval", "-b", "folder", "--data", tmp_path / "own", "--model", folder, "--no-pictures", "--json"]
+    result = invoke(*arguments, "--threshold", "0", "--torch", checkpoint)
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)["evaluations"]
+    graph, torch = (found["results"][name]["all"] for name in ("fp32", "torch"))
+    assert torch["agreement"] >= 0.999
+    assert torch["latency_ms"] > 0
+    predicted = np.sum(torch["confusion"], axis=0)
+    assert (predicted > 0.02 * predicted.sum()).sum() == 2  # both classes: agreeing is no matter of course
+    assert graph["miou_percent"] == pytest.approx(torch["miou_percent"], abs=0.1)
+    again = invoke(*arguments, "--threshold", "0", "--torch", checkpoint, "--workers", "2")
+    assert json.loads(again.stdout) == json.loads(result.stdout)  # nothing was computed again
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"more")
+    other = invoke(*arguments, "--torch", checkpoint)
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "error: mine was not exported from tcl.pt" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ OPTIONS = {
     "tclkit": "--version --debug",
     "demo": "--output -o --debug",
     "segment": "image prompts --bank --model -m --backend --precision --output -o --json --threshold --background "
-    "--no-background --pamr --kp --fit --contrast --debug",
+    "--no-background --pamr --kp --fit --flip --scales --contrast --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --kp-attention --debug",
     "build-engine": "--model -m --fp16 --int8 --fp32 --calibration --calibration-images --seed --decoder-only --auto "
@@ -26,9 +26,9 @@ OPTIONS = {
     "train": "--config -c --output -o --set --resume --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",
-    "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --pamr --threshold --kp --limit "
-    "--workers --loaders --rank --world-size --windows --flip --contrast --output -o --pictures --no-pictures "
-    "--classes --json --debug",
+    "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --torch --clip --pamr "
+    "--threshold --kp --limit --workers --loaders --rank --world-size --windows --flip --scales --contrast --output -o "
+    "--pictures --no-pictures --classes --json --debug",
     "data": "",
     "data prepare": "name --root --source --check --json --debug",
 }

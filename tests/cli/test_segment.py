@@ -55,12 +55,39 @@ def test_json_says_all_and_writes_nothing(invoke: Invoke, scene: Path) -> None:
     assert image["overlay"] is None
     assert image["image"] == {"height": 64, "width": 64}
     assert found["precision"] == "fp32"
-    settings = {"threshold": 0.5, "fit": "whole", "kp_w": 0.0, "pamr": False, "windows": 1, "precision": "fp32"}
-    assert image["settings"] == settings
+    assert image["settings"] == {
+        "threshold": 0.5,
+        "fit": "whole",
+        "kp_w": 0.0,
+        "pamr": False,
+        "flip": False,
+        "sizes": [[64, 64]],
+        "windows": 1,
+        "precision": "fp32",
+    }
     assert areas(image) == pytest.approx({"red": 0.5, "blue": 0.25}, abs=0.01)
     assert [region["box"] for region in image["prompts"][1]["regions"]] == [[0, 32, 32, 64]]
     assert image["timings_ms"]
     assert list(Path().glob("*overlay*")) == []
+
+
+def test_mirrored_and_in_several_sizes(
+    invoke: Invoke, scene: Path, write_tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = write_tiny_bundle(tmp_path / "model", more_sizes=[(128, 128)])
+    result = invoke("segment", scene, "red", "blue", "--kp", "0", "--json", "--flip", "--scales", "--model", model)
+    assert result.exit_code == 0, result.stderr
+    found = document(result)
+    (image,) = found["images"]
+    assert areas(image) == pytest.approx({"red": 0.5, "blue": 0.25}, abs=0.01)
+    assert (image["settings"]["flip"], image["settings"]["sizes"]) == (True, [[128, 128], [64, 64]])
+    assert found["stats"]["windows"] == 4
+
+
+def test_one_size_is_no_scale(invoke: Invoke, scene: Path) -> None:
+    result = invoke("segment", scene, "red", "--scales")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "tclkit export --size 64x64 --size 128x128" in result.stderr
 
 
 def test_the_second_call_runs_no_text_encoder(run_process: Run, scene: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.preprocess import check_image, plan_fit, rescaled_size, resize_image
+from tclkit.runtime.preprocess import check_image, plan_fit, plan_scales, rescaled_size, resize_image
 
 GREY = (124, 116, 104)
 SQUARE = [(448, 448)]
@@ -101,6 +101,21 @@ def test_the_graph_of_the_nearest_aspect_is_taken() -> None:
     assert plan_fit((1280, 720), sizes, "stretch").graph_size == (896, 448)
     assert plan_fit((720, 1280), sizes, "slide").graph_size == (448, 448)
     assert plan_fit((720, 1280), [(448, 896)], "slide").graph_size == (448, 896)
+
+
+def test_scales_are_sizes_of_one_aspect_the_finest_first() -> None:
+    sizes = [(448, 448), (224, 448), (672, 672), (448, 880), (224, 224)]
+
+    def planned(source: tuple[int, int], fit: str = "whole") -> list[tuple[int, int]]:
+        return [plan.graph_size for plan in plan_scales(source, sizes, fit)]
+
+    assert planned((480, 640)) == planned((720, 1280), "slide") == [(672, 672), (448, 448), (224, 224)]
+    assert planned((720, 1280)) == planned((720, 1280), "stretch") == [(448, 880), (224, 448)]
+    assert [plan.resized_size for plan in plan_scales((300, 400), sizes)] == [(504, 672), (336, 448), (168, 224)]
+    with pytest.raises(InputError, match=r"found 448x448, 224x448\. .*: tclkit export --size 448x448 --size 896x896"):
+        plan_scales((480, 640), sizes[:2])
+    with pytest.raises(InputError, match="unknown fit 'crop'"):
+        plan_scales((480, 640), sizes, "crop")
 
 
 def test_stretch_distorts() -> None:

@@ -16,6 +16,7 @@ from tclkit.runtime.labels import labels_from_masks
 from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.prompts import PromptSet
 from tclkit.runtime.segmenter import Segmenter
+from tclkit.runtime.upsample import resize_masks
 
 COLOURS = ("red", "green", "blue")
 NAMES = ["a red circle", "the green square", "blue"]
@@ -71,7 +72,15 @@ def test_a_scene_is_labelled(segmenter: Segmenter, scene: Image, tiny: ModuleTyp
 
 def test_defaults_are_the_bundles(segmenter: Segmenter, scene: Image, tiny: ModuleType) -> None:
     result = segmenter(scene, NAMES)
-    assert result.settings == {"fit": "whole", "kp_w": 0.3, "pamr": False, "windows": 1, "precision": "fp32"}
+    assert result.settings == {
+        "fit": "whole",
+        "kp_w": 0.3,
+        "pamr": False,
+        "flip": False,
+        "sizes": [[64, 64]],
+        "windows": 1,
+        "precision": "fp32",
+    }
     assert agreement(result.label_map, expected_map(scene, tiny)) > 0.9
     assert segmenter(scene, NAMES, pamr=True).threshold == 0.4
     assert segmenter(scene, NAMES, background=False).threshold is None
@@ -433,6 +442,93 @@ def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
     assert np.abs(found - straight).max() > 0.1
     result = flipping(image, NAMES, pamr=pamr, fit=fit)
     assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
+
+
+@pytest.fixture
+def two_sizes(write_tiny_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A bundle with a square graph in two sizes, and a wide one in a single size."""
+    return write_tiny_bundle(tmp_path / "scales", more_sizes=[(128, 128), (64, 128)])
+
+
+def at_size(folder: Path, size: tuple[int, int]) -> Segmenter:
+    """A Segmenter that has one of the bundle's image graphs alone."""
+    segmenter = Segmenter.open(folder, threads=1)
+    segmenter._graph_sizes = [size]
+    return segmenter
+
+
+@pytest.mark.parametrize("fit", ["whole", "stretch", "slide"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("pamr", [False, True])
+def test_scales_take_the_mean_over_the_sizes(
+    two_sizes: Path, paint: Callable[..., Image], fit: str, flip: bool, pamr: bool
+) -> None:
+    """Held against each size on its own, the coarse masks brought to the fine ones' grid."""
+    image = paint((100, 150), red=(0, 50, 0, 70), blue=(31, 90, 83, 141))
+    fine, coarse = (at_size(two_sizes, size) for size in ((128, 128), (64, 64)))
+    fine.flip = coarse.flip = flip
+    found = [one(image, NAMES, fit=fit, pamr=pamr, threshold=0) for one in (fine, coarse)]  # 0: all are refined
+    size = found[0].fitted_masks.shape[1:]
+    expected = (found[0].fitted_masks + resize_masks(found[1].fitted_masks, size)) / 2
+    both = Segmenter.open(two_sizes, threads=1, scales=True, flip=flip)
+    result = both(image, NAMES, fit=fit, pamr=pamr, threshold=0)
+    np.testing.assert_allclose(result.fitted_masks, expected, rtol=0, atol=1e-6)
+    assert np.abs(expected - found[0].fitted_masks).max() > 0.05
+    assert result.settings["sizes"] == [[128, 128], [64, 64]]
+    windows = result.settings["windows"]
+    assert windows == sum(one.settings["windows"] for one in found)  # type: ignore[misc]
+    assert both.stats.windows == windows * (1 + flip)  # type: ignore[operator]
+    features = both.features(image, fit=fit)
+    asked_later = both.segment(features, NAMES, pamr=pamr, threshold=0)
+    np.testing.assert_array_equal(asked_later.fitted_masks, result.fitted_masks)
+    (streamed,) = both.stream([image], NAMES, fit=fit, pamr=pamr, threshold=0)
+    np.testing.assert_array_equal(streamed.label_map, result.label_map)
+    assert both.masks(features, NAMES).shape == (3, 100, 150)
+    assert both.stats.images == 3
+
+
+@pytest.mark.parametrize("kp_w", [0.0, 0.3])
+def test_pamr_over_scales_refines_what_their_mean_may_label(
+    two_sizes: Path, paint: Callable[..., Image], refined_counts: list[int], kp_w: float
+) -> None:
+    """A red spot that the fine graph alone sees: what counts is the mean of both, and both are refined or neither."""
+    image = paint((128, 128), red=(4, 12, 4, 8), blue=(64, 128, 0, 128))
+    names = ["red", "green", "blue"]
+    fine, coarse = (
+        at_size(two_sizes, size)(image, names, kp_w=kp_w, fit="stretch").peaks["red"] for size in ((128, 128), (64, 64))
+    )
+    assert (fine > 0.6, coarse < 0.1) == (True, True)
+    segmenter = Segmenter.open(two_sizes, threads=1, scales=True)
+    everything = segmenter.masks(segmenter.features(image), names, kp_w=kp_w, pamr=True)
+    assert refined_counts == [3, 3]
+    for threshold, count in ((0.02, 3), (0.2, 2), (0.6, 1)):
+        refined_counts.clear()
+        result = segmenter(image, names, kp_w=kp_w, pamr=True, threshold=threshold)
+        assert refined_counts == [count, count]
+        expected = labels_from_masks(everything, (128, 128), threshold).label_map
+        np.testing.assert_array_equal(result.label_map, expected)
+
+
+def test_scales_of_the_nearest_aspect(
+    write_tiny_bundle: Callable[..., Path], tmp_path: Path, paint: Callable[..., Image], tiny: ModuleType
+) -> None:
+    sizes = [(64, 128), (128, 128), (128, 272)]
+    segmenter = Segmenter.open(write_tiny_bundle(tmp_path / "tiny", more_sizes=sizes), scales=True, windows_per_run=4)
+    image = paint((128, 256), red=(0, 64, 0, 128), green=(0, 128, 192, 256))
+    result = segmenter(image, NAMES, kp_w=0)
+    assert result.settings["sizes"] == [[128, 272], [64, 128]]  # alike to within a tenth
+    assert agreement(result.label_map, expected_map(image, tiny)) > 0.98
+    assert segmenter(image[:, :128], NAMES).settings["sizes"] == [[128, 128], [64, 64]]
+    assert segmenter(image, NAMES, fit="slide").settings["sizes"] == [[128, 128], [64, 64]]
+
+
+@pytest.mark.parametrize(("more", "have"), [([], "64x64"), ([(64, 128)], "64x64, 64x128")])
+def test_scales_need_two_sizes(
+    write_tiny_bundle: Callable[..., Path], tmp_path: Path, more: list[tuple[int, int]], have: str
+) -> None:
+    text = rf"of one aspect in two sizes or more, found {have}\. .*: tclkit export --size 64x64 --size 128x128"
+    with pytest.raises(InputError, match=text):
+        Segmenter.open(write_tiny_bundle(tmp_path / "tiny", more_sizes=more), scales=True)
 
 
 @pytest.mark.parametrize("pamr", [False, True])
