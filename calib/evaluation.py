@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from tclkit.runtime.backends import Backend
-from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import InputError, TclkitError
 from tclkit.runtime.manifest import PRECISIONS
 from tclkit.runtime.segmenter import Segmenter
@@ -41,12 +40,12 @@ class Contender:
 
     name: its row in the results.
     identity: changes with all that its figures depend on, the bundle aside.
-    open: called with the bundle and a number of CPU threads (None: its own choice); pickled for several workers.
+    open: called as open(bundle, threads=...), None for its own choice; pickled for several workers.
     """
 
     name: str
     identity: str
-    open: Callable[[Bundle, int | None], Backend]
+    open: Callable[..., Backend]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +292,7 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
     for contender in settings.contenders:
         segmenters[contender.name] = Segmenter(
             bundle,
-            contender.open(bundle, threads),
+            contender.open(bundle, threads=threads),
             cache=None,  # it holds embeddings of the bundle's text graph; a contender embeds texts itself
             windows_per_run=settings.windows_per_run,
             flip=settings.flip,

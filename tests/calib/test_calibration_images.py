@@ -32,7 +32,7 @@ def test_images_reach_the_graph_as_in_the_segmenter(fit: str, tmp_path: Path, pi
         (tmp_path / f"{index}.png").write_bytes(encoded(picture(index, height, width)))
     with Segmenter.open("tcl-shapes", backend="onnxruntime") as segmenter:
         paths = sorted(tmp_path.glob("*.png"))
-        expected = {segmenter._prepare(load_image(path), fit).inputs[0].tobytes() for path in paths}
+        expected = {segmenter._prepare(load_image(path), fit).fitted[0].inputs[0].tobytes() for path in paths}
         info = segmenter.bundle.manifest
     chosen = select_images(
         tmp_path, size=(128, 128), fit=fit, mean_rgb=info.preprocessing.mean, patch_size=info.model.patch_size

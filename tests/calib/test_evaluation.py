@@ -1,5 +1,6 @@
 """Evaluation: right figures, whatever interrupts it and however many processes share it."""
 
+import functools
 import json
 import os
 import shutil
@@ -250,9 +251,8 @@ def test_precisions_side_by_side(
         evaluate(many, replace(settings, precisions=("fp32", "int8")), folder=tmp_path)
 
 
-def half_backend(bundle: Bundle, threads: int | None) -> Backend:
-    """A contender's opener, at the top of a module so that it can be pickled."""
-    return choose_backend("onnxruntime", bundle, precision="fp16", threads=threads)
+# A contender's opener. Worker processes unpickle it, and they cannot import test files: it is made of tclkit's own.
+HALF_BACKEND = functools.partial(choose_backend, "onnxruntime", precision="fp16")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -260,7 +260,7 @@ def test_a_contender_beside_the_graphs(
     many: FolderDataset, settings: EvaluationSettings, with_half: Path, tmp_path: Path, workers: int
 ) -> None:
     """A row of its own, in the same run: here the half graph by another way."""
-    contender = Contender(name="other", identity="1", open=half_backend)
+    contender = Contender(name="other", identity="1", open=HALF_BACKEND)
     settings = replace(settings, model=str(with_half), precisions=("fp32", "fp16"), contenders=(contender,))
     found = evaluate(many, settings, folder=tmp_path, share=Share(workers=workers))
     assert list(found.results) == ["fp32", "fp16", "other"]
@@ -299,7 +299,7 @@ def test_a_contenders_texts_are_its_own(many: FolderDataset, settings: Evaluatio
 
 @pytest.mark.parametrize("names", [["fp32"], ["a", "a"]])
 def test_contenders_have_names_of_their_own(names: list[str]) -> None:
-    contenders = tuple(Contender(name=name, identity="", open=half_backend) for name in names)
+    contenders = tuple(Contender(name=name, identity="", open=HALF_BACKEND) for name in names)
     with pytest.raises(InputError, match="contenders should have different names, and none of a precision"):
         EvaluationSettings(model="m", contenders=contenders)
 

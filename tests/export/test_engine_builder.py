@@ -247,13 +247,13 @@ def test_a_machine_on_which_tensorrt_cannot_start(tensorrt_simulator: Install, m
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "polygraphy.backend.trt"])
-def test_what_is_not_installed_is_named(
-    tensorrt_simulator: Install, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_is_not_installed_is_named(tensorrt_simulator: Install, name: str) -> None:
     tensorrt_simulator()
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BuildError, match=rf"{name.partition('.')[0]} cannot be imported .*pip install"):
-        build()
+    # Not the fixture: it is undone after the simulator is gone, and would bring its module back.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        with pytest.raises(BuildError, match=rf"{name.partition('.')[0]} cannot be imported .*pip install"):
+            build()
 
 
 def test_a_polygraphy_that_is_too_old_is_named(tensorrt_simulator: Install, monkeypatch: pytest.MonkeyPatch) -> None:
