@@ -333,7 +333,7 @@ def test_a_worker_that_fails_says_why(
         indices=(0, 1),
         loaders=1,
     )
-    with pytest.raises(TclkitError, match=r"worker 0 of 1: .*no-model"):
+    with pytest.raises(TclkitError, match=r"worker 0 of 1: model .* is not installed"):
         module._run_workers(job, 1, lambda done, total: None)
     assert journal_files(tmp_path, "ab" * 32) == []
 
