@@ -179,7 +179,8 @@ class _SizeWork:
         if self._takes_own:  # it passed the gate where the images were; here the engine must give what it gives
             self._announce_own_graph()
             reference = GraphRunner(onnx.load(bundle.path(entry.files[config.precision])), self._backend)
-            self._thresholds, self._against = THRESHOLDS["fp16"], "its own graph"
+            self._thresholds = config.thresholds or THRESHOLDS["fp16"]
+            self._against = "its own graph"
         self._gate = gate_on(bundle, reference, self._held_back, text_ND, report)
 
     def _announce_own_graph(self) -> None:
@@ -196,7 +197,8 @@ class _SizeWork:
                 f"{file} of {self._bundle.name} quantises {tier}, not {self._config.tier}. To make it anew, "
                 "give images: --calibration FOLDER"
             )
-        _log.warning("no calibration images were given: %s is taken as the bundle holds it (%s)", file, tier)
+        kind = f" (INT8: {tier})" if self._config.precision == "int8" else ""
+        _log.warning("no calibration images were given: %s is taken as the bundle holds it%s", file, kind)
 
     def _take_samples(self) -> None:
         if self._config.precision == "int8" and "int8" not in self.entry.files:
@@ -285,7 +287,14 @@ class _SizeWork:
 
         precision = self._config.precision
         figures = self._gate.judge(judged, progress=done)
-        require_parity(figures, self._thresholds, what=artefact, precision=precision, tier=self._config.tier)
+        require_parity(
+            figures,
+            self._thresholds,
+            what=artefact,
+            precision=precision,
+            tier=self._config.tier,
+            against=self._against,
+        )
         return Verdict(
             artefact=artefact,
             precision=precision,

@@ -212,7 +212,13 @@ class Verdict:
 
 
 def require_parity(
-    figures: GateFigures, thresholds: GateThresholds, *, what: str, precision: str, tier: str = "all"
+    figures: GateFigures,
+    thresholds: GateThresholds,
+    *,
+    what: str,
+    precision: str,
+    tier: str = "all",
+    against: str = "the float32 graph",
 ) -> None:
     """Refuse an artefact below the gate.
 
@@ -221,6 +227,7 @@ def require_parity(
         thresholds: of its precision.
         what: its name, for the message.
         precision, tier: decide which remedies are named.
+        against: what it was compared with.
 
     Raises:
         ParityError: a figure is below its threshold.
@@ -230,7 +237,7 @@ def require_parity(
         shown = [f"{name} {getattr(figures, name):.4f} (needs {getattr(thresholds, name)})" for name in failures]
         remedy = _REMEDIES.get(f"{precision} {tier}", _REMEDIES[precision])
         raise ParityError(
-            f"{what} differs too much from the float32 graph on {figures.images} images: {', '.join(shown)}. "
+            f"{what} differs too much from {against} on {figures.images} images: {', '.join(shown)}. "
             f"The bundle is as it was. {remedy}",
             figures=figures,
             thresholds=thresholds,

@@ -4,8 +4,8 @@ What stays in float32: the normalisation to length 1 at the end (a sum of square
 inputs and outputs, and the neighbourhood of every tensor whose values came near half precision's largest number on
 calibration images. LayerNormalization stays one operator: taken to pieces it overflows.
 
-Written by hand rather than taken from a tool: on the graphs of this project the result is as close to float32
-(docs/precision.md), it knows about Q/DQ pairs, and the device needs onnx for it and nothing more.
+Written by hand rather than taken from a tool: it knows about Q/DQ pairs, and the device needs onnx for it and nothing
+more. How close the result is to float32 stands in docs/precision.md; tools were not compared.
 """
 
 from collections.abc import Collection, Mapping
