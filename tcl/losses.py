@@ -24,6 +24,7 @@ class LossWeights:
     """How much each loss counts; the defaults are the authors'.
 
     tcl: the image-level and the feature-level contrastive loss.
+    image_level, feature_level: whether each of these two is computed; False is for ablations.
     area: both area losses.
     tv: both total variation losses.
     area_prior: share of the image that a text which belongs to it should cover, in 0..1.
@@ -36,6 +37,8 @@ class LossWeights:
     """
 
     tcl: float = 0.1
+    image_level: bool = True
+    feature_level: bool = True
     area: float = 0.4
     tv: float = 1.0
     area_prior: float = 0.4

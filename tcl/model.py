@@ -245,8 +245,8 @@ class TCL(nn.Module):
             weights: how much each loss counts and how it is computed; None: the authors' choice.
 
         Returns:
-            Scalars, already weighted, to be summed: tcli_loss (image level), tclf_loss (feature level), area_loss,
-            neg_area_loss, tv_img_loss, tv_mask_loss.
+            Scalars, already weighted, to be summed: tcli_loss (image level) and tclf_loss (feature level), where they
+            are wanted, area_loss, neg_area_loss, tv_img_loss, tv_mask_loss.
 
         Raises:
             InputError: fewer than two pairs (nothing to contrast), or a shape is wrong.
@@ -265,27 +265,33 @@ class TCL(nn.Module):
         compared_KND = _compared_by_reference(text_ND, place) if faulty else text_ND.unsqueeze(0)
         pairs = self._pairs(embedding_BDhw, text_ND, compared_KND, weights.tile, place)
         noise_Bhw = _own_noise(noise_uniform, pairs.own_logits_Bhw, place)
-        masked_BD = self._embed_masked_images(images_BCHW, sample_hard_masks(pairs.own_logits_Bhw, noise_Bhw))
+        losses: dict[str, Tensor] = {}
+        if weights.image_level:
+            masked_BD = self._embed_masked_images(images_BCHW, sample_hard_masks(pairs.own_logits_Bhw, noise_Bhw))
+            similarity_BN = image_similarity(masked_BD, text_ND)
+            losses["tcli_loss"] = weights.tcl * self._contrastive_loss("image", similarity_BN, None, place)
+        if weights.feature_level:
+            columns_BN = _columns_by_reference(pairs.similarity_KBN, place) if faulty else None
+            losses["tclf_loss"] = weights.tcl * self._contrastive_loss(
+                "feature", pairs.similarity_KBN[0], columns_BN, place
+            )
         own_area, other_area = mean_areas(pairs.area_BN, place.rank * count)
         if not faulty:
             own_area = gather(own_area.view(1)).mean()
-        similarity_BN = image_similarity(masked_BD, text_ND)
-        image_columns_BN = _own_columns(similarity_BN, place)
-        feature_BN = pairs.similarity_KBN[0]
-        feature_columns_BN = (
-            _columns_by_reference(pairs.similarity_KBN, place) if faulty else _own_columns(feature_BN, place)
-        )
-        scales, first = self.logit_scales, place.rank * count
-        image_loss = contrastive_loss(similarity_BN, scales["image"], columns_BN=image_columns_BN, first_own=first)
-        feature_loss = contrastive_loss(feature_BN, scales["feature"], columns_BN=feature_columns_BN, first_own=first)
-        return {
-            "tcli_loss": weights.tcl * image_loss,
-            "tclf_loss": weights.tcl * feature_loss,
+        return losses | {
             "area_loss": weights.area * (own_area - weights.area_prior).abs(),
             "neg_area_loss": weights.area * other_area,
             "tv_img_loss": weights.tv * total_variation(embedding_BDhw),
             "tv_mask_loss": weights.tv * pairs.variation,
         }
+
+    def _contrastive_loss(
+        self, level: str, similarity_BN: Tensor, columns_BN: Tensor | None, place: Place
+    ) -> Tensor:
+        if columns_BN is None:
+            columns_BN = _own_columns(similarity_BN, place)
+        first_own = place.rank * len(similarity_BN)
+        return contrastive_loss(similarity_BN, self.logit_scales[level], columns_BN=columns_BN, first_own=first_own)
 
     def _pairs(
         self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, place: Place

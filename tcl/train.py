@@ -42,7 +42,7 @@ from .world import COLOURS, SHAPES, TEMPLATES, every_wording
 
 _GROUNDER_FIRST_SCENE = 1 << 40  # far from every scene that CLIP saw
 
-_LOSSES_BEFORE = {"tile": 0, "reference_bugs": False}  # what version 0.1 did
+_LOSSES_BEFORE = {"tile": 0, "reference_bugs": False, "image_level": True, "feature_level": True}  # what version 0.1 did
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
