@@ -1,5 +1,6 @@
 """Progress of long work, drawn on stderr: bars at a terminal, a line now and then elsewhere."""
 
+import collections
 import contextlib
 import sys
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LINE_EVERY_S = 30.0
+_PACE_STEPS = 50
 
 
 def tracked(items: Sequence[T], description: str, *, shown: bool = True) -> Iterator[T]:
@@ -43,6 +45,7 @@ def training_display() -> Iterator[Callable[["TrainProgress"], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
         TextColumn("[dim]{task.fields[losses]}"),
     )
     with _bars(*columns) as progress:
@@ -91,25 +94,46 @@ def _bars(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
 
 class _TrainingBars:
     def __init__(self, progress: "Progress") -> None:
-        self._progress = progress
+        self._progress, self._pace = progress, _Pace()
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, at: "TrainProgress") -> None:
         task = self._tasks.get(at.stage)
         if task is None:
-            task = self._tasks[at.stage] = self._progress.add_task(at.stage, total=at.steps, losses="")
-        self._progress.update(task, completed=at.step, losses=_losses_text(at))
+            task = self._tasks[at.stage] = self._progress.add_task(at.stage, total=at.steps, losses="", pace="")
+        self._progress.update(task, completed=at.step, losses=_losses_text(at), pace=self._pace(at))
 
 
 class _TrainingLines:
     def __init__(self) -> None:
-        self._last_s = -_LINE_EVERY_S
+        self._last_s, self._pace = -_LINE_EVERY_S, _Pace()
 
     def __call__(self, at: "TrainProgress") -> None:
-        now_s = time.monotonic()
+        now_s, pace = time.monotonic(), self._pace(at)
         if at.step == at.steps or now_s - self._last_s >= _LINE_EVERY_S:
             self._last_s = now_s
-            say(f"{at.stage} {at.step}/{at.steps}  {_losses_text(at)}".rstrip())
+            parts = (f"{at.stage} {at.step}/{at.steps}", pace, _losses_text(at))
+            say("  ".join(part for part in parts if part))
+
+
+class _Pace:
+    """Pairs a second over the last steps, and the most memory used."""
+
+    def __init__(self) -> None:
+        self._stage, self._since = "", collections.deque[tuple[float, int]](maxlen=_PACE_STEPS)
+
+    def __call__(self, at: "TrainProgress") -> str:
+        if at.stage != self._stage:
+            self._stage = at.stage
+            self._since.clear()
+        self._since.append((time.monotonic(), at.step))
+        (began_s, first), (now_s, last) = self._since[0], self._since[-1]
+        parts = []
+        if at.pairs and now_s > began_s:
+            parts.append(f"{(last - first) * at.pairs / (now_s - began_s):.0f} pairs/s")
+        if at.memory_bytes:
+            parts.append(size_text(at.memory_bytes))
+        return "  ".join(parts)
 
 
 class _WorkBars:

@@ -4,6 +4,7 @@
     ├── ConfigError          a configuration key or value is wrong
     ├── InputError           an argument, image or prompt cannot be used (also a ValueError)
     ├── TrainingError        training cannot go on
+    │   └── TrainingStoppedError  a signal ended it after a step; the same command goes on
     ├── CheckpointError      a training checkpoint cannot be read or does not fit
     ├── ExportError          a graph could not be written
     ├── ParityError          a compiled artefact differs from its reference by more than allowed
@@ -38,6 +39,10 @@ class InputError(TclkitError, ValueError):
 
 class TrainingError(TclkitError):
     """Training cannot go on."""
+
+
+class TrainingStoppedError(TrainingError):
+    """A signal ended training after a step, and a checkpoint was written; the same command goes on."""
 
 
 class CheckpointError(TclkitError):

@@ -1,10 +1,12 @@
 """Batches of the synthetic world for training: seeded, endless, resumable by one number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tclkit.runtime.tokenizer import Tokenizer
@@ -23,6 +25,21 @@ class Batch:
 
     images_BCHW: Tensor  # noqa: N815
     token_ids_BL: Tensor  # noqa: N815
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same pairs on a device."""
+        if self.images_BCHW.device == device:
+            return self
+        return Batch(self.images_BCHW.to(device, non_blocking=True), self.token_ids_BL.to(device, non_blocking=True))
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """All pairs of several batches in one; shorter texts are padded with zeros, as the tokenizer does."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.token_ids_BL.shape[1] for part in parts)
+    token_ids = [F.pad(part.token_ids_BL, (0, longest - part.token_ids_BL.shape[1])) for part in parts]
+    return Batch(torch.cat([part.images_BCHW for part in parts]), torch.cat(token_ids))
 
 
 class Batches(Protocol):

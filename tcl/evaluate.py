@@ -192,6 +192,7 @@ def _sweeps(
 ) -> dict[tuple[str, str], ThresholdSweep]:
     """Pixel counts of `count` scenes of a world's seed, by (method, "present" or "all" prompts)."""
     texts_ND = world_text_embeddings(model.eval(), tokenizer)
+    assert config.world is not None  # callers judge in the world that they trained in
     drawn = scenes(replace(config.world, seed=seed), count=count)
     sweeps: dict[tuple[str, str], ThresholdSweep] = {}
     done = 0

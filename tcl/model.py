@@ -89,10 +89,27 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchStatistics:
+    """All that the losses take from B images and N texts: small, however large images and masks are.
+
+    image_similarity_BN: (B, N) cosines of CLIP's embedding of each masked image with every text; None when not wanted.
+    similarity_KBN: (K, B, N) cosines of what a text's mask pools from each image with K texts, the mask's own first.
+    area_BN: (B, N) mean of every soft mask.
+    embedding_variation, mask_variation: scalars, total variation of the embeddings and of the masks.
+    """
+
+    image_similarity_BN: Tensor | None  # noqa: N815
+    similarity_KBN: Tensor  # noqa: N815
+    area_BN: Tensor  # noqa: N815
+    embedding_variation: Tensor
+    mask_variation: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Pairs:
     """What the losses take from the masks of every image with every text."""
 
-    similarity_KBN: list[Tensor]  # noqa: N815
+    similarity_KBN: Tensor  # noqa: N815
     area_BN: Tensor  # noqa: N815
     variation: Tensor
     own_logits_Bhw: Tensor  # noqa: N815
@@ -259,51 +276,107 @@ class TCL(nn.Module):
             text_BD = self.encode_text(token_ids_BL)
             _require_shape("text embeddings", text_BD, (count, None))
             text_ND = gather(text_BD)
+        statistics = self.statistics(
+            images_BCHW,
+            text_ND,
+            first_own=place.rank * count,
+            noise_Bhw=_own_noise(noise_uniform, count, self.mask_grid(images_BCHW), place, images_BCHW.device),
+            weights=weights,
+            compared_KND=_compared_by_reference(text_ND, place) if _is_faulty(weights, place) else None,
+        )
+        return self.losses_from_statistics(statistics, weights)
+
+    def mask_grid(self, images_BCHW: Tensor) -> tuple[int, int]:
+        """Height and width of the masks of these images.
+
+        Raises:
+            InputError: a shape is wrong, or a side is no multiple of the patch.
+        """
+        _require_shape("images", images_BCHW, (None, 3, None, None))
+        patch, scale = self.config.clip.patch_size, self.config.mask_scale
+        height, width = images_BCHW.shape[-2:]
+        if height % patch or width % patch or not height or not width:
+            raise InputError(
+                f"the image's sides must be multiples of the patch ({patch}), not {height}x{width}; pad it."
+            )
+        return height // patch * scale, width // patch * scale
+
+    def statistics(
+        self,
+        images_BCHW: Tensor,
+        text_ND: Tensor,
+        *,
+        first_own: int,
+        noise_Bhw: Tensor,
+        weights: LossWeights,
+        compared_KND: Tensor | None = None,
+    ) -> BatchStatistics:
+        """Compare images with texts, as far as that can be done without the other images of the batch.
+
+        Args:
+            images_BCHW: (B, 3, H, W) float, normalised; sides are multiples of the patch.
+            text_ND: (N, D) embeddings of the whole batch's texts, not normalised.
+            first_own: index of image 0's text; image i belongs to text first_own + i.
+            noise_Bhw: (B, s·h, s·w) uniform in 0..1, for drawing each image's hard mask of its own text.
+            weights: says what is wanted, and how many masks are in memory at a time.
+            compared_KND: (K, N, D) texts that pooled embeddings are compared with; None: each with its mask's.
+        """
+        with torch.no_grad():
             trunk_BLC, h, w = self._run_trunk(images_BCHW)
         embedding_BDhw = self.grounder(trunk_BLC, h, w)
-        faulty = weights.reference_bugs and place.count > 1
-        compared_KND = _compared_by_reference(text_ND, place) if faulty else text_ND.unsqueeze(0)
-        pairs = self._pairs(embedding_BDhw, text_ND, compared_KND, weights.tile, place)
-        noise_Bhw = _own_noise(noise_uniform, pairs.own_logits_Bhw, place)
-        losses: dict[str, Tensor] = {}
+        if compared_KND is None:
+            compared_KND = text_ND.unsqueeze(0)
+        pairs = self._pairs(embedding_BDhw, text_ND, compared_KND, weights.tile, first_own)
+        similarity_BN = None
         if weights.image_level:
             masked_BD = self._embed_masked_images(images_BCHW, sample_hard_masks(pairs.own_logits_Bhw, noise_Bhw))
             similarity_BN = image_similarity(masked_BD, text_ND)
-            losses["tcli_loss"] = weights.tcl * self._contrastive_loss("image", similarity_BN, None, place)
+        return BatchStatistics(
+            image_similarity_BN=similarity_BN,
+            similarity_KBN=pairs.similarity_KBN,
+            area_BN=pairs.area_BN,
+            embedding_variation=total_variation(embedding_BDhw),
+            mask_variation=pairs.variation,
+        )
+
+    def losses_from_statistics(self, statistics: BatchStatistics, weights: LossWeights) -> dict[str, Tensor]:
+        """Losses of this process's whole part of the batch; see `forward`."""
+        place, faulty = current_place(), _is_faulty(weights, current_place())
+        losses: dict[str, Tensor] = {}
+        if statistics.image_similarity_BN is not None:
+            losses["tcli_loss"] = weights.tcl * self._contrast("image", statistics.image_similarity_BN, None, place)
         if weights.feature_level:
-            columns_BN = _columns_by_reference(pairs.similarity_KBN, place) if faulty else None
-            losses["tclf_loss"] = weights.tcl * self._contrastive_loss(
-                "feature", pairs.similarity_KBN[0], columns_BN, place
-            )
-        own_area, other_area = mean_areas(pairs.area_BN, place.rank * count)
+            similarity_KBN = statistics.similarity_KBN
+            columns_BN = _columns_by_reference(similarity_KBN, place) if faulty else None
+            losses["tclf_loss"] = weights.tcl * self._contrast("feature", similarity_KBN[0], columns_BN, place)
+        own_area, other_area = mean_areas(statistics.area_BN, place.rank * len(statistics.area_BN))
         if not faulty:
             own_area = gather(own_area.view(1)).mean()
         return losses | {
             "area_loss": weights.area * (own_area - weights.area_prior).abs(),
             "neg_area_loss": weights.area * other_area,
-            "tv_img_loss": weights.tv * total_variation(embedding_BDhw),
-            "tv_mask_loss": weights.tv * pairs.variation,
+            "tv_img_loss": weights.tv * statistics.embedding_variation,
+            "tv_mask_loss": weights.tv * statistics.mask_variation,
         }
 
-    def _contrastive_loss(
-        self, level: str, similarity_BN: Tensor, columns_BN: Tensor | None, place: Place
-    ) -> Tensor:
+    def _contrast(self, level: str, similarity_BN: Tensor, columns_BN: Tensor | None, place: Place) -> Tensor:
         if columns_BN is None:
             columns_BN = _own_columns(similarity_BN, place)
         first_own = place.rank * len(similarity_BN)
         return contrastive_loss(similarity_BN, self.logit_scales[level], columns_BN=columns_BN, first_own=first_own)
 
     def _pairs(
-        self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, place: Place
-    ) -> "_Pairs":
-        first_own = place.rank * len(embedding_BDhw)
+        self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, first_own: int
+    ) -> _Pairs:
         if tile:
             return self._pairs_in_tiles(embedding_BDhw, text_ND, compared_KND, tile, first_own)
         logits_BNhw = self.grounder.mask(similarity(embedding_BDhw, text_ND))
         masks_BNhw = torch.sigmoid(logits_BNhw)
         area_BN = masks_BNhw.mean(dim=(2, 3))  # in this order: it is the order in which gradients are added up
         return _Pairs(
-            similarity_KBN=[pooled_similarity(embedding_BDhw, masks_BNhw, text_ND) for text_ND in compared_KND],
+            similarity_KBN=torch.stack(
+                [pooled_similarity(embedding_BDhw, masks_BNhw, text_ND) for text_ND in compared_KND]
+            ),
             area_BN=area_BN,
             variation=total_variation(masks_BNhw),
             own_logits_Bhw=_diagonal(logits_BNhw, first_own),
@@ -311,7 +384,7 @@ class TCL(nn.Module):
 
     def _pairs_in_tiles(
         self, embedding_BDhw: Tensor, text_ND: Tensor, compared_KND: Tensor, tile: int, first_own: int
-    ) -> "_Pairs":
+    ) -> _Pairs:
         found = pair_statistics(
             embedding_BDhw,
             normalize(text_ND, -1),
@@ -322,7 +395,7 @@ class TCL(nn.Module):
             first_own=first_own,
         )
         return _Pairs(
-            similarity_KBN=list(found.similarity_KBN),
+            similarity_KBN=found.similarity_KBN,
             area_BN=found.area_BN,
             variation=found.variation_BN.mean(),
             own_logits_Bhw=found.own_logits_Bhw,
@@ -335,14 +408,9 @@ class TCL(nn.Module):
         return global_embedding(self.clip.visual, trunk_BLC)
 
     def _run_trunk(self, images_BCHW: Tensor) -> tuple[Tensor, int, int]:
-        _require_shape("images", images_BCHW, (None, 3, None, None))
-        patch = self.config.clip.patch_size
-        height, width = images_BCHW.shape[-2:]
-        if height % patch or width % patch or not height or not width:
-            raise InputError(
-                f"the image's sides must be multiples of the patch ({patch}), not {height}x{width}; pad it."
-            )
-        return run_trunk(self.clip.visual, images_BCHW), height // patch, width // patch
+        height, width = self.mask_grid(images_BCHW)
+        scale = self.config.mask_scale
+        return run_trunk(self.clip.visual, images_BCHW), height // scale, width // scale
 
 
 def encode_text(clip: CLIP, token_ids_ML: Tensor) -> Tensor:
@@ -383,17 +451,21 @@ def _diagonal(x_BNhw: Tensor, first_own: int) -> Tensor:
     return x_BNhw[own_B, own_B + first_own]
 
 
-def _own_noise(noise_uniform: Tensor | None, own_logits_Bhw: Tensor, place: Place) -> Tensor:
-    count, h, w = own_logits_Bhw.shape
+def _is_faulty(weights: LossWeights, place: Place) -> bool:
+    return weights.reference_bugs and place.count > 1
+
+
+def _own_noise(
+    noise_uniform: Tensor | None, count: int, grid: tuple[int, int], place: Place, device: torch.device
+) -> Tensor:
     first_own = place.rank * count
     if noise_uniform is None:
         # Every process draws for all, so that their generators stay in step and the draw is that of one process.
-        noise_Nhw = torch.rand(count * place.count, h, w, device=own_logits_Bhw.device)
-        return noise_Nhw[first_own : first_own + count]
+        return torch.rand(count * place.count, *grid, device=device)[first_own : first_own + count]
     if noise_uniform.ndim == 4:
-        _require_shape("noise", noise_uniform, (count, count * place.count, h, w))
+        _require_shape("noise", noise_uniform, (count, count * place.count, *grid))
         return _diagonal(noise_uniform, first_own)
-    _require_shape("noise", noise_uniform, (count, h, w))
+    _require_shape("noise", noise_uniform, (count, *grid))
     return noise_uniform
 
 
@@ -414,11 +486,11 @@ def _compared_by_reference(text_ND: Tensor, place: Place) -> Tensor:
     return torch.cat([text_ND.unsqueeze(0), text_RBD.repeat(1, place.count, 1)])
 
 
-def _columns_by_reference(similarity_KBN: list[Tensor], place: Place) -> Tensor:
+def _columns_by_reference(similarity_KBN: Tensor, place: Place) -> Tensor:
     """The own texts by the images of all processes as the authors pair them, (B, N); see `_compared_by_reference`."""
-    count = len(similarity_KBN[0])
+    count = similarity_KBN.shape[1]
     own = slice(place.rank * count, (place.rank + 1) * count)
-    paired_BRB = torch.stack([similarity_BN[:, own] for similarity_BN in similarity_KBN[1:]], dim=1)
+    paired_BRB = similarity_KBN[1:, :, own].transpose(0, 1)
     return gather(paired_BRB)[:, place.rank].T
 
 

@@ -1,60 +1,81 @@
-"""`tclkit train`: a CLIP on the synthetic world, TCL on that CLIP, and the final evaluation, in one run folder.
+"""`tclkit train`: from a configuration to a TCL checkpoint, in one run folder.
+
+With [world]: a CLIP on the synthetic world, TCL on that CLIP, and the final evaluation. With [pairs]: TCL on a CLIP, or
+on from a TCL model, by image-text pairs.
 
     runs/NAME/
-      config.json       the resolved configuration
-      log.jsonl         losses, every ten steps
-      last-clip.pt      where an interrupted CLIP stage goes on
-      clip.pt           the finished CLIP
-      last-grounder.pt  where an interrupted grounder stage goes on
-      tcl.pt            the finished model: `tclkit export runs/NAME/tcl.pt` takes it from here
-      evaluation.json   the final scores
+      config.json         the resolved configuration
+      log.jsonl           losses, every ten steps
+      last-clip.pt        where an interrupted CLIP stage goes on
+      clip.pt             the finished CLIP of a world
+      last-grounder.pt    where an interrupted grounder stage goes on
+      step-N.pt, best.pt  models on the way, where monitoring asks for them
+      validation.jsonl    their scores
+      tensorboard/        curves and pictures
+      tcl.pt              the finished model: `tclkit export runs/NAME/tcl.pt` takes it from here
+      evaluation.json     the final scores in the world
 
 A run that was interrupted, even killed, goes on with the same command and ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from open_clip.model import CLIP
 
-from tclkit.runtime.errors import CheckpointError, ConfigError
+from tclkit.runtime.errors import ConfigError
 from tclkit.runtime.files import atomic_file
 from tclkit.runtime.tokenizer import Tokenizer
 
-from .batches import WorldBatches
+from .arithmetic import Arithmetic
+from .batches import Batches, WorldBatches
 from .checkpoint import save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
-from .config import TrainConfig
+from .config import StageConfig, TrainConfig
 from .distributed import current_place, wait_for_all
 from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
 from .loop import ProgressCallback, run_stage
-from .model import TCL, TCLConfig
-from .tokenizer_file import pruned_tokenizer_json, vocabulary_size
-from .world import COLOURS, SHAPES, TEMPLATES, every_wording
+from .model import TCL
+from .moving_average import MovingAverage
+from .pair_batches import PairBatches
+from .start import Facts, new_model, read_own_clip, start_from_checkpoint, start_from_clip, start_identity, world_facts
+from .stopping import StopRequest, stop_on_signals
+from .tokenizer_file import vocabulary_size
+from .watch import Watch
 
 _GROUNDER_FIRST_SCENE = 1 << 40  # far from every scene that CLIP saw
 
-_LOSSES_BEFORE = {"tile": 0, "reference_bugs": False, "image_level": True, "feature_level": True}  # what version 0.1 did
+# Choices that came after version 0.1, and what it did: they are left out of fingerprints where they ask for just that,
+# so that its runs can go on.
+_SINCE_0_1: Mapping[str, Mapping[str, Any]] = {
+    "losses": {"tile": 0, "reference_bugs": False, "image_level": True, "feature_level": True},
+    "clip_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
+    "grounder_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
     """What a run leaves behind.
 
-    checkpoint: the finished model. scores: the final evaluation. seconds: this call took.
+    checkpoint: the finished model. scores: the final evaluation in the world; none for pairs. seconds: this call took.
+    broken: pairs that were passed over, by reason.
     """
 
     checkpoint: Path
-    scores: Sequence[WorldScore]
+    scores: Sequence[WorldScore] = ()
     seconds: float
+    broken: Mapping[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -68,6 +89,7 @@ def train(
 
     Over several processes (torchrun) every process calls it with the same folder on a disk that all see. The first one
     writes, evaluates and reports; on the others the result has no scores and its checkpoint may not be written yet.
+    SIGINT and SIGTERM end it after a step, with a checkpoint.
 
     Args:
         config: the whole recipe.
@@ -76,137 +98,181 @@ def train(
         progress: called after every step of every stage.
 
     Raises:
-        ConfigError: the configuration does not fit itself.
-        CheckpointError: the folder holds the run of another configuration.
+        ConfigError: the configuration does not fit itself, or this machine.
+        CheckpointError: the folder holds the run of another configuration, or a start cannot be read.
+        InputError: the pairs cannot be found, or too many of them are broken.
         TrainingError: a loss is not finite.
+        TrainingStoppedError: a signal ended it.
     """
     began = time.monotonic()
-    folder, place = Path(run_folder), current_place()
-    tokenizer_json = _tokenizer_json(config.clip)
-    tokenizer = Tokenizer(tokenizer_json, config.clip.context_length)
-    if place.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume == "never":
-            _clear(folder)
-        _write_json(folder / "config.json", config.to_dict())
-    wait_for_all()
-    clip = _finished_clip(config, folder, tokenizer, progress)
-    model = _finished_grounder(config, folder, tokenizer, clip, progress)
-    checkpoint = folder / "tcl.pt"
-    if not place.is_first:
-        return TrainingResult(checkpoint=checkpoint, scores=(), seconds=time.monotonic() - began)
-    if not checkpoint.exists():
-        thresholds = choose_thresholds(model, tokenizer, config, progress=progress)
-        save_checkpoint(checkpoint, model, extra=_extra(config, tokenizer_json, thresholds))
-    scores = _scores(config, folder, model, tokenizer, progress)
-    return TrainingResult(checkpoint=checkpoint, scores=scores, seconds=time.monotonic() - began)
+    with stop_on_signals() as stop:
+        run = _Run(config, Path(run_folder), progress, stop)
+        run.open(resume)
+        model, facts = run.started_model()
+        broken = run.train_grounder(model, facts)
+        scores = run.finish(model.eval().cpu(), facts) if current_place().is_first else ()
+        return TrainingResult(checkpoint=run.checkpoint, scores=scores, seconds=time.monotonic() - began, broken=broken)
 
 
-def _finished_clip(config: TrainConfig, folder: Path, tokenizer: Tokenizer, progress: ProgressCallback | None) -> CLIP:
-    fingerprint = _fingerprint(config, "world", "clip", "clip_training", "curriculum")
-    if config.clip_checkpoint:
-        return _load_clip(Path(config.clip_checkpoint), config.clip)
-    finished = folder / "clip.pt"
-    if finished.exists():
-        return _load_clip(finished, config.clip, fingerprint)
-    if current_place().count > 1:
-        raise ConfigError(
-            "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
-            key="clip_checkpoint",
+class _Run:
+    """One run folder and what happens in it."""
+
+    def __init__(self, config: TrainConfig, folder: Path, progress: ProgressCallback | None, stop: StopRequest) -> None:
+        self._config, self._folder, self._progress, self._stop = config, folder, progress, stop
+        self._arithmetic = Arithmetic(config.device, config.precision)
+        self._average: MovingAverage | None = None
+        self.checkpoint = folder / "tcl.pt"
+
+    def open(self, resume: Literal["auto", "never"]) -> None:
+        if current_place().is_first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if resume == "never":
+                _clear(self._folder)
+            _write_json(self._folder / "config.json", self._config.to_dict())
+        wait_for_all()
+
+    def started_model(self) -> tuple[TCL, Facts]:
+        config = self._config
+        if config.checkpoint:
+            torch.manual_seed(config.seed + 1)
+            return start_from_checkpoint(config)
+        if config.world_clip is None:
+            return start_from_clip(config)
+        sizes, settings = config.world_clip
+        facts = world_facts(None if config.world is None else config.world.size)
+        _require_world_vocabulary(sizes, facts)
+        return new_model(config, sizes, self._finished_clip(sizes, settings, facts)), facts
+
+    def _finished_clip(self, sizes: ClipConfig, settings: StageConfig, facts: Facts) -> CLIP:
+        config = self._config
+        if config.clip_checkpoint:
+            return _own_clip(Path(config.clip_checkpoint), sizes)
+        fingerprint = _fingerprint(config, "world", "clip", "clip_training", "curriculum")
+        finished = self._folder / "clip.pt"
+        if finished.exists():
+            return _own_clip(finished, sizes, fingerprint)
+        if current_place().count > 1:
+            raise ConfigError(
+                "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
+                key="clip_checkpoint",
+            )
+        torch.manual_seed(config.seed)
+        clip = build_clip(sizes)
+        assert config.world is not None  # where there is a CLIP to train there is a world
+        batches = WorldBatches(config.world, facts.tokenizer(sizes.context_length), settings.batch_size)
+        stage = ClipStage(settings, config.world, config.curriculum, clip, batches, self._arithmetic)
+        run_stage(
+            stage,
+            self._folder,
+            fingerprint=fingerprint,
+            save_every=config.save_every,
+            progress=self._progress,
+            stop=self._stop,
         )
-    torch.manual_seed(config.seed)
-    clip = build_clip(config.clip)
-    batches = WorldBatches(config.world, tokenizer, config.clip_training.batch_size)
-    stage = ClipStage(config, clip, batches)
-    run_stage(
-        stage,
-        folder,
-        fingerprint=fingerprint,
-        save_every=config.save_every,
-        progress=progress,
-    )
-    state = {"clip_config": config.clip.to_dict(), "clip": clip.state_dict(), "fingerprint": json.dumps(fingerprint)}
-    with atomic_file(finished) as temporary:
-        torch.save(state, temporary)
-    return clip.eval()
+        clip = clip.cpu()
+        state = {"clip_config": sizes.to_dict(), "clip": clip.state_dict(), "fingerprint": json.dumps(fingerprint)}
+        with atomic_file(finished) as temporary:
+            torch.save(state, temporary)
+        return clip.eval()
+
+    def train_grounder(self, model: TCL, facts: Facts) -> dict[str, int]:
+        """Train to the end; returns the pairs that were passed over, by reason."""
+        config, settings = self._config, self._config.grounder_training
+        batches = grounder_batches(config, facts.tokenizer(model.config.clip.context_length))
+        stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._arithmetic)
+        self._average = MovingAverage(model, settings.ema) if settings.ema else None
+        with contextlib.closing(
+            Watch(config, self._folder, stage, facts, averaged=self._averaged_weights, save=self._save)
+        ) as watch:
+            run_stage(
+                stage,
+                self._folder,
+                fingerprint=grounder_fingerprint(config),
+                save_every=config.save_every,
+                progress=self._progress,
+                after=[watch.after_step],
+                average=self._average,
+                stop=self._stop,
+            )
+        return dict(batches.broken) if isinstance(batches, PairBatches) else {}
+
+    def finish(self, model: TCL, facts: Facts) -> list[WorldScore]:
+        """Write the finished model and, in the world, judge it."""
+        config = self._config
+        with self._averaged_weights():
+            if config.world is None:
+                if not self.checkpoint.exists():
+                    self._save(self.checkpoint, model, facts, {})
+                return []
+            tokenizer = facts.tokenizer(model.config.clip.context_length)
+            if not self.checkpoint.exists():
+                thresholds = choose_thresholds(model, tokenizer, config, progress=self._progress)
+                self._save(self.checkpoint, model, facts, {"thresholds": thresholds})
+            return self._scores(model, tokenizer)
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
+
+    def _save(self, path: Path, model: TCL, facts: Facts, more: Mapping[str, Any]) -> None:
+        save_checkpoint(path, model, extra={**_extra(self._config, facts), **more})
+
+    def _scores(self, model: TCL, tokenizer: Tokenizer) -> list[WorldScore]:
+        path = self._folder / "evaluation.json"
+        settings = dataclasses.asdict(self._config.evaluation)
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["evaluation"] == settings:
+                return [WorldScore(**row) for row in stored["scores"]]
+        scores = evaluate_on_world(model, tokenizer, self._config, progress=self._progress)
+        _write_json(path, {"evaluation": settings, "scores": [dataclasses.asdict(score) for score in scores]})
+        return scores
 
 
-def _load_clip(path: Path, config: ClipConfig, fingerprint: dict[str, Any] | None = None) -> CLIP:
-    """Load a finished clip.pt; of this very recipe, when a fingerprint is given."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found, made_with = ClipConfig.from_dict(state["clip_config"]), json.loads(state["fingerprint"])
-    except FileNotFoundError as error:
-        raise ConfigError(f"clip_checkpoint {path} does not exist", key="clip_checkpoint") from error
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path} is not a clip.pt of tclkit train: {error}") from error
-    if found != config:
-        raise CheckpointError(f"{path} holds a CLIP of other sizes than [clip] says: {found} against {config}")
-    if fingerprint is not None and made_with != fingerprint:
-        raise CheckpointError(
-            f"{path} was made with another configuration; choose another run folder, or --resume never to begin anew"
-        )
-    clip = build_clip(config)
-    clip.load_state_dict(state["clip"])
-    return clip
-
-
-def _finished_grounder(
-    config: TrainConfig, folder: Path, tokenizer: Tokenizer, clip: CLIP, progress: ProgressCallback | None
-) -> TCL:
-    torch.manual_seed(config.seed + 1)
-    sizes = TCLConfig(clip=config.clip, decoder_blocks=config.grounder.decoder_blocks, kp_w=config.grounder.kp_w)
-    model = TCL(sizes, clip)
-    model.grounder.open_gates(config.grounder.initial_gate)
-    batches = WorldBatches(config.world, tokenizer, config.grounder_training.batch_size)
+def grounder_batches(config: TrainConfig, tokenizer: Tokenizer) -> Batches:
+    """Where the grounder's pairs come from: the world, or the sources of [pairs]."""
+    size = config.grounder_training.batch_size
+    if config.pairs is not None:
+        return PairBatches(config.pairs, config.augmentation, tokenizer, size, workers=config.workers)
+    assert config.world is not None  # a configuration has one of the two
+    batches = WorldBatches(config.world, tokenizer, size)
     batches.position = _GROUNDER_FIRST_SCENE
-    run_stage(
-        GrounderStage(config, model, batches),
-        folder,
-        fingerprint=_fingerprint(config, "world", "clip", "grounder", "grounder_training", "losses"),
-        save_every=config.save_every,
-        progress=progress,
-    )
-    return model.eval()
+    return batches
 
 
-def _scores(
-    config: TrainConfig, folder: Path, model: TCL, tokenizer: Tokenizer, progress: ProgressCallback | None
-) -> list[WorldScore]:
-    path = folder / "evaluation.json"
-    settings = dataclasses.asdict(config.evaluation)
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["evaluation"] == settings:
-            return [WorldScore(**row) for row in stored["scores"]]
-    scores = evaluate_on_world(model, tokenizer, config, progress=progress)
-    _write_json(path, {"evaluation": settings, "scores": [dataclasses.asdict(score) for score in scores]})
-    return scores
+def grounder_fingerprint(config: TrainConfig) -> dict[str, Any]:
+    """All that decides what the grounder becomes, as plain values."""
+    if config.pairs is not None:
+        sections = ("pairs", "augmentation", "workers", "grounder", "grounder_training", "losses")
+        return _fingerprint(config, *sections) | start_identity(config)
+    start = {"checkpoint": start_identity(config)["checkpoint"]} if config.checkpoint else {}
+    own_clip = () if config.clip is None else ("clip",)
+    return _fingerprint(config, "world", *own_clip, "grounder", "grounder_training", "losses") | start
 
 
-def _tokenizer_json(clip: ClipConfig) -> str:
-    tokenizer_json = pruned_tokenizer_json(every_wording())
-    size = vocabulary_size(tokenizer_json)
-    if clip.vocab_size != size:
+def _own_clip(path: Path, sizes: ClipConfig, fingerprint: Mapping[str, Any] | None = None) -> CLIP:
+    """A finished clip.pt; of this very recipe, when a fingerprint is given."""
+    found = read_own_clip(path, fingerprint)
+    if found is None:
+        raise ConfigError(f"{path} is not a clip.pt of tclkit train, which a [world] needs", key="clip_checkpoint")
+    if found[0] != sizes:
+        raise ConfigError(f"{path} holds a CLIP of other sizes than [clip] says: {found[0]} against {sizes}")
+    return found[1]
+
+
+def _require_world_vocabulary(sizes: ClipConfig, facts: Facts) -> None:
+    size = vocabulary_size(facts.tokenizer_json)
+    if sizes.vocab_size != size:
         raise ConfigError(
-            f"clip.vocab_size is {clip.vocab_size}, but the world's vocabulary has {size} tokens; set it so"
+            f"clip.vocab_size is {sizes.vocab_size}, but the world's vocabulary has {size} tokens; set it so"
         )
-    return tokenizer_json
 
 
-def _extra(config: TrainConfig, tokenizer_json: str, thresholds: dict[str, float]) -> dict[str, Any]:
+def _extra(config: TrainConfig, facts: Facts) -> dict[str, Any]:
     """What the exporter needs besides weights."""
     return {
         "name": config.name,
         "description": config.description,
-        "tokenizer_json": tokenizer_json,
-        "templates": list(TEMPLATES),
-        "image_size": config.world.size,
-        "thresholds": thresholds,
-        "vocabulary": {
-            "note": "This model knows a small world of coloured shapes only.",
-            "words": [*COLOURS, *SHAPES],
-        },
+        **facts.to_extra(),
         "train_config": config.to_dict(),
     }
 
@@ -214,9 +280,10 @@ def _extra(config: TrainConfig, tokenizer_json: str, thresholds: dict[str, float
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:
     values = config.to_dict()
     values["grounder"].pop("kp_w")  # changes what is made of the model, not the model
-    for key, before in _LOSSES_BEFORE.items():  # runs from before there was a choice can go on
-        if values["losses"][key] == before:
-            values["losses"].pop(key)
+    for section, choices in _SINCE_0_1.items():
+        for key, before in choices.items():
+            if values.get(section, {}).get(key) == before:
+                values[section].pop(key)
     place = current_place()
     processes = {"processes": place.count} if place.count > 1 else {}
     return {**{name: values[name] for name in ("seed", "precision", *sections)}, **processes}
@@ -228,13 +295,15 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (
-        "config.json",
-        "log.jsonl",
-        "last-clip.pt",
-        "clip.pt",
-        "last-grounder.pt",
-        "tcl.pt",
-        "evaluation.json",
-    ):
-        (folder / name).unlink(missing_ok=True)
+    for path in _own_files(folder):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    names = (
+        "config.json log.jsonl last-clip.pt clip.pt last-grounder.pt best.pt validation.jsonl tcl.pt evaluation.json"
+    )
+    yield from (folder / name for name in names.split())
+    for pattern in ("step-*.pt", "broken-batch-*.pt"):
+        yield from folder.glob(pattern)

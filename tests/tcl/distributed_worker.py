@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from tclkit.runtime.tokenizer import Tokenizer
 from tclkit.tcl import TCL, LossWeights, TCLConfig, load_model
+from tclkit.tcl.arithmetic import Arithmetic
 from tclkit.tcl.batches import WorldBatches
 from tclkit.tcl.config import TrainConfig, load_config
 from tclkit.tcl.distributed import parallel
@@ -74,7 +75,9 @@ def train(folder: Path, pairs_a_process: int, *, stop_at: int = -1, kill_at: int
     model = TCL(TCLConfig(clip=config.clip))
     model.grounder.open_gates(0.5)
     tokenizer = Tokenizer(pruned_tokenizer_json(every_wording()), config.clip.context_length)
-    stage = Interrupted(config, model, WorldBatches(config.world, tokenizer, pairs_a_process))
+    batches = WorldBatches(config.world, tokenizer, pairs_a_process)
+    settings = config.grounder_training
+    stage = Interrupted(settings, config.grounder, config.losses, model, batches, Arithmetic("cpu", config.precision))
     stage.stop_at, stage.kill_at = stop_at, kill_at
     with (folder / "steps.jsonl").open("a") as log:
 

@@ -4,6 +4,7 @@ import pytest
 
 from tclkit.runtime.errors import ConfigError
 from tclkit.tcl.config import TrainConfig, load_config, shipped_configs
+from tclkit.tcl.schedule import scaled_learning_rate
 
 
 def test_every_shipped_config_loads_and_survives_a_round_trip() -> None:
@@ -37,7 +38,16 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("clip_training.step=3", "unknown key 'step'.*did you mean 'steps'"),
         ("losses.arena=3", "did you mean 'area'"),
         ("wrold.size=3", "unknown key 'wrold'.*'world'"),
-        ("precision=fp16", "choose fp32 or bf16"),
+        ("precision=fp8", "choose fp32, bf16 or fp16"),
+        ("device=tpu", "choose auto, cpu or cuda"),
+        ("workers=-1", "workers"),
+        ("grounder_training.accumulate=0", "accumulate"),
+        ("grounder_training.ema=1.0", "below 1"),
+        ("clip_training.accumulate=2", "grounder_training"),
+        ("monitoring.keep_every=-1", "keep_every"),
+        ("monitoring.validate_every=5", "name a benchmark"),
+        ("monitoring.pictures_every=5", "tensorboard is false"),
+        ('pairs.sources=["x.tar"]', "there is both"),
         ("clip_training.batch_size=1", "needs 2 or more"),
         ("clip_training.warmup_steps=99999", "warmup_steps"),
         ("world.size=60", "multiple of clip.patch_size"),
@@ -78,3 +88,44 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
 def test_values_of_the_wrong_type_are_refused(override: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         load_config("tcl-shapes", [override])
+
+
+def test_accumulated_batches_have_no_faults_to_reproduce() -> None:
+    with pytest.raises(ConfigError, match="accumulate = 1"):
+        load_config("tcl-shapes", ["losses.reference_bugs=true", "grounder_training.accumulate=2"])
+
+
+def test_the_papers_recipe_is_the_authors() -> None:
+    """The values of the configuration that the authors' own checkpoint holds, and of their learning rate's course."""
+    config = load_config("tcl-vit-b-16")
+    recipe = config.grounder_training
+    assert (recipe.steps, recipe.warmup_steps, config.grounder.decoder_only_steps) == (50_000, 15_000, 30_000)
+    assert (recipe.batch_size, recipe.weight_decay, recipe.clip_grad) == (64, 0.05, 5.0)
+    assert scaled_learning_rate(recipe.lr, 1024) == pytest.approx(7.5e-5)
+    assert scaled_learning_rate(recipe.min_lr, 1024) == pytest.approx(1e-5)
+    losses = config.losses
+    assert (losses.tcl, losses.area, losses.tv, losses.area_prior) == (0.1, 0.4, 1.0, 0.4)
+    changed = config.augmentation
+    assert (changed.size, changed.min_crop, changed.colour_jitter, changed.rand_augment) == (224, 0.08, 0.4, 9)
+    assert config.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ('clip_checkpoint=""', "pairs need a CLIP"),
+        ("clip_training={steps=3,batch_size=2,lr=1.0,min_lr=0.0,warmup_steps=0}", "not trained on"),
+        ("pairs.sources=[]", "sources is empty"),
+        ("world.size=64", "there is both"),
+        ("augmentation.erase=2.0", "erase"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_config("tcl-vit-b-16", [override])
+
+
+def test_a_configuration_of_pairs_comes_back_from_plain_values() -> None:
+    config = load_config("tcl-vit-b-16")
+    assert "world" not in config.to_dict()
+    assert TrainConfig.from_dict(config.to_dict()) == config

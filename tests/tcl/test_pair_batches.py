@@ -11,7 +11,8 @@ import tclkit.tcl.pair_batches as pair_batches
 from tclkit.runtime.errors import ConfigError, InputError
 from tclkit.runtime.tokenizer import Tokenizer
 from tclkit.tcl.distributed import Place
-from tclkit.tcl.pair_batches import Augmentation, AugmentationConfig, PairBatches
+from tclkit.tcl.augmentation import Augmentation, AugmentationConfig
+from tclkit.tcl.pair_batches import PairBatches
 from tclkit.tcl.pairs import PairsConfig
 from tclkit.tcl.tokenizer_file import pruned_tokenizer_json
 from tclkit.tcl.world import every_wording
