@@ -1,8 +1,9 @@
-"""Image-text pairs for training: webdataset shards, folders and CSV files, read in a seeded order from any position.
+"""Image-text pairs for training: webdataset shards, parquet, CSV and folders, in a seeded order from any position.
 
 A reader is one worker of one process; each reads its own part of every source. Shards are opened a few at a time: their
 headers are listed, the pairs of all are mixed, and each is read where it lies. So an order needs no buffer, and where
-a reader stands is a few numbers. Files must be local.
+a reader stands is a few numbers. Row groups of parquet files, which are read whole, are mixed as far as memory allows.
+Files must be local.
 """
 
 import csv
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,14 @@ from tclkit.runtime.errors import ConfigError, InputError
 from tclkit.runtime.images import load_image
 from tclkit.runtime.tokenizer import clean_text
 
+from .parquet_pairs import PARQUET_SUFFIX, Cell, RowGroup, open_parquet
+
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXT_SUFFIX = ".txt"
 _IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "filepath", "path"), ("caption", "text", "title")
 _MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
 _MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
+_MIXED_BYTES = 256 << 20  # of row groups that are in memory together, unless one alone is larger
 _BROKEN_ALLOWED = 20  # so many are let pass before their share counts
 
 
@@ -34,8 +38,9 @@ _BROKEN_ALLOWED = 20  # so many are let pass before their share counts
 class PairsConfig:
     """Where pairs come from and which of them are good enough.
 
-    sources: names of shards ("cc3m/{00000..00331}.tar", globs too), folders of images with a .txt beside each, or CSV
-        files with the columns image and caption.
+    sources: names of shards ("cc3m/{00000..00331}.tar", globs too), folders of images with a .txt beside each, CSV
+        files with the columns image and caption, or parquet files ("train-*.parquet") with the same, images as paths
+        or as bytes.
     weights: how often each source is drawn from, in proportion; empty: all alike.
     seed: of the order and of the augmentation.
     min_side: images with a shorter side are broken, in pixels.
@@ -50,7 +55,7 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ConfigError("pairs.sources is empty; name shards, folders or CSV files", key="sources")
+            raise ConfigError("pairs.sources is empty; name shards, folders, CSV or parquet files", key="sources")
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             raise ConfigError(
                 f"pairs.weights must be one positive number for each of {len(self.sources)} sources, "
@@ -98,7 +103,7 @@ class _Entry:
     """A pair that has not been read; what is missing is None."""
 
     name: str
-    image: _Piece | None
+    image: _Piece | Cell | None
     text: _Piece | str | None
 
 
@@ -106,7 +111,7 @@ class PairReader:
     """An endless stream of one reader's pairs, the same for the same numbers, and its position.
 
     broken: how many pairs were passed over, by reason: "no image", "no text", "image", "small image", "empty text", and
-        "shard" for every shard that ends too early or cannot be read.
+        "shard" for every shard that ends too early, or row group, that cannot be read.
     """
 
     def __init__(self, config: PairsConfig, *, reader: int = 0, readers: int = 1) -> None:
@@ -115,10 +120,10 @@ class PairReader:
         Args:
             config: see `PairsConfig`.
             reader: which part of every source to read, in 0..readers-1.
-            readers: how many parts there are; a source of shards must have at least so many.
+            readers: how many parts there are; a source of shards must have at least so many, others as many pairs.
 
         Raises:
-            InputError: a source has no files, or too few shards for so many readers.
+            InputError: a source has no files, or too few shards for so many readers; or pyarrow is needed and missing.
         """
         self._config, self._reader = config, reader
         self._sources = [_open_source(name, config.seed + i, reader, readers) for i, name in enumerate(config.sources)]
@@ -223,7 +228,8 @@ class _Source:
         self.position = [0, 0, 0]
         self._loaded: tuple[int, int] | None = None
         self._group: list[_Entry] = []
-        self._barren = 0  # groups in a row without an entry
+        self._mixed = 0  # shards of the group
+        self._barren = 0  # shards in a row without an entry
 
     def next(self, broken: Counter[str]) -> _Entry:
         while True:
@@ -233,35 +239,81 @@ class _Source:
             if taken < len(self._group):
                 self.position = [epoch, first, taken + 1]
                 return self._group[taken]
-            first += _MIXED_SHARDS
+            first += self._mixed
             self.position = [epoch, first, 0] if first < len(self._shards) else [epoch + 1, 0, 0]
 
     def _load(self, epoch: int, first: int, broken: Counter[str], *, begun: bool) -> None:
         order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._shards))
+        mixed_shards = _as_many_as_fit([self._shards[i] for i in order[first : first + _MIXED_SHARDS]])
+        self._group = []  # may be in memory, which the next one needs
         entries: list[_Entry] = []
-        for i in order[first : first + _MIXED_SHARDS]:
-            found, whole = self._shards[i].entries()
+        for shard in mixed_shards:
+            found, whole = shard.entries()
             entries += found
             if not whole and not begun:  # one that is gone on with has been counted
                 broken["shard"] += 1
         mixed = np.random.default_rng([*self._seed, epoch, first, 1]).permutation(len(entries))
-        self._group, self._loaded = [entries[i] for i in mixed], (epoch, first)
-        self._barren = 0 if entries else self._barren + 1
-        if self._barren * _MIXED_SHARDS >= len(self._shards) + _MIXED_SHARDS:
+        self._group, self._loaded, self._mixed = [entries[i] for i in mixed], (epoch, first), len(mixed_shards)
+        self._barren = 0 if entries else self._barren + len(mixed_shards)
+        if self._barren >= 2 * len(self._shards):  # an epoch from its beginning is among them
             raise InputError(f"{self._name} holds no image and no text; see that it is what you mean")
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """A tar file, or the entries of a folder or CSV file that one reader has."""
+class _Shard(Protocol):
+    """What is listed at once.
 
-    path: Path
-    listed: tuple[_Entry, ...] | None = None
+    size_bytes: of what its entries keep in memory.
+    """
+
+    @property
+    def size_bytes(self) -> int: ...
 
     def entries(self) -> tuple[list[_Entry], bool]:
-        """What it holds, by name, and whether it could be read to its end."""
-        if self.listed is not None:
-            return list(self.listed), True
+        """What it holds, and whether it could be read to its end."""
+
+
+def _as_many_as_fit(shards: Sequence[_Shard]) -> Sequence[_Shard]:
+    """The first one, and those after it that fit into memory beside it."""
+    sizes = itertools.accumulate(shard.size_bytes for shard in shards)
+    return shards[: max(1, sum(size <= _MIXED_BYTES for size in sizes))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """The entries of a folder or CSV file that one reader has."""
+
+    listed: tuple[_Entry, ...]
+    size_bytes: int = 0
+
+    def entries(self) -> tuple[list[_Entry], bool]:
+        return list(self.listed), True
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A row group of a parquet file."""
+
+    group: RowGroup
+
+    @property
+    def size_bytes(self) -> int:
+        return self.group.size_bytes
+
+    def entries(self) -> tuple[list[_Entry], bool]:
+        rows, whole = self.group.rows()
+        return [
+            _Entry(row.name, _Piece(row.image) if isinstance(row.image, Path) else row.image, row.text) for row in rows
+        ], whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Tar:
+    """A tar file; of its entries only the places are kept."""
+
+    path: Path
+    size_bytes: int = 0
+
+    def entries(self) -> tuple[list[_Entry], bool]:
         pieces: dict[str, dict[str, _Piece]] = {}
         whole = True
         try:
@@ -290,12 +342,15 @@ def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece) -> 
 
 def _open_source(name: str, seed: int, reader: int, readers: int) -> _Source:
     path = Path(name)
+    shards: Sequence[_Shard]
     if path.is_dir():
         shards = [_listed(path, _entries_of_folder(path), reader, readers)]
     elif path.suffix.lower() == ".csv":
         shards = [_listed(path, _entries_of_csv(path), reader, readers)]
+    elif path.suffix.lower() == PARQUET_SUFFIX:
+        shards = [_Rows(group) for group in open_parquet(_paths_of(name, PARQUET_SUFFIX), reader, readers)]
     else:
-        shards = [_Shard(path) for path in _shard_paths(name)[reader::readers]]
+        shards = [_Tar(path) for path in _paths_of(name, SHARD_SUFFIX)[reader::readers]]
         if not shards:
             raise InputError(
                 f"{name} has fewer shards than the {readers} readers (processes x workers); each needs one of its own. "
@@ -304,24 +359,24 @@ def _open_source(name: str, seed: int, reader: int, readers: int) -> _Source:
     return _Source(name, shards, (seed, reader))
 
 
-def _shard_paths(name: str) -> list[Path]:
+def _paths_of(name: str, suffix: str) -> list[Path]:
     paths = sorted({path for pattern in expand_braces(name) for path in paths_behind(pattern)})
     if not paths:
         raise InputError(f"no file fits {name}; check the pattern", source=name)
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise InputError(f"{len(missing)} of {len(paths)} shards of {name} do not exist, {missing[0]} first")
-    other = [path for path in paths if path.suffix != SHARD_SUFFIX]
+        raise InputError(f"{len(missing)} of {len(paths)} files of {name} do not exist, {missing[0]} first")
+    other = [path for path in paths if path.suffix.lower() != suffix]
     if other:
-        raise InputError(f"{other[0]} is no {SHARD_SUFFIX} file; a source is shards, a folder or a .csv file")
+        raise InputError(f"{other[0]} is no {suffix} file; a source is shards, a folder, a .csv or .parquet files")
     return paths
 
 
-def _listed(path: Path, entries: Iterator[_Entry], reader: int, readers: int) -> _Shard:
+def _listed(path: Path, entries: Iterator[_Entry], reader: int, readers: int) -> _Listed:
     own = tuple(itertools.islice(entries, reader, None, readers))
     if not own:
         raise InputError(f"{path} has no pairs, or fewer than the {readers} readers (processes x workers)")
-    return _Shard(path, own)
+    return _Listed(own)
 
 
 def _entries_of_folder(folder: Path) -> Iterator[_Entry]:

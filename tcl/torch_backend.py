@@ -23,10 +23,10 @@ from .model import TCL, kp_masks, mix_masks, normalize, similarity
 
 
 class TorchBackend:
-    """Runs a TCL model on the CPU in float32 where a bundle's graphs would run; see `Backend`.
+    """Runs a TCL model in float32, on the device it lies on, where a bundle's graphs would run; see `Backend`.
 
     Args:
-        model: what the bundle was exported from; its KP attention is set to the bundle's.
+        model: what the bundle was exported from, in float32; its KP attention is set to the bundle's.
         bundle: says which sizes there are, whether there is a KP branch, and which.
         threads: CPU threads of the whole process; None leaves torch its own choice.
 
@@ -45,7 +45,9 @@ class TorchBackend:
         self._model = model.eval()
         self._model.use_kp_attention(bundle.manifest.provenance.get("kp_attention", "self"))
         self._bundle = bundle
-        self.reason = f"asked for (torch {torch.__version__}, fp32, CPU)"
+        self._device = next(model.parameters()).device
+        where = "CPU" if self._device.type == "cpu" else str(self._device)
+        self.reason = f"asked for (torch {torch.__version__}, fp32, {where})"
 
     @torch.inference_mode()
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
@@ -53,7 +55,7 @@ class TorchBackend:
         check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
         sizes = [(image.height, image.width) for image in self._bundle.manifest.images]
         check_image_size(self._bundle, (images_BHWC.shape[1], images_BHWC.shape[2]), sizes)
-        features = self._model.image_features(images_to_tensor(images_BHWC))
+        features = self._model.image_features(images_to_tensor(images_BHWC).to(self._device))
         kp_BDhw = features.kp_BDhw if self._bundle.manifest.has_kp else None
         return HostFeatures(
             grounded=_array(normalize(features.grounded_BDhw, 1)),
@@ -67,18 +69,19 @@ class TorchBackend:
         check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
         check_array("text embeddings", text_ND, np.float32, ("N", width))
         check_kp_w(self._bundle, kp_w)
-        text = torch.tensor(text_ND)  # copied: prompts may be read-only, and torch warns of that
-        masks_BNhw = torch.sigmoid(self._model.grounder.mask(similarity(torch.from_numpy(features.grounded), text)))
+        text = torch.tensor(text_ND, device=self._device)  # copied: prompts may be read-only, and torch warns of that
+        grounded = torch.from_numpy(features.grounded).to(self._device)
+        masks_BNhw = torch.sigmoid(self._model.grounder.mask(similarity(grounded, text)))
         if kp_w > 0:
             check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
-            masks_BNhw = mix_masks(masks_BNhw, kp_masks(torch.from_numpy(features.kp), text), kp_w)
+            masks_BNhw = mix_masks(masks_BNhw, kp_masks(torch.from_numpy(features.kp).to(self._device), text), kp_w)
         return _array(masks_BNhw)
 
     @torch.inference_mode()
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embed texts with CLIP's text tower; see `Backend.encode_text`."""
         check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
-        return _array(self._model.encode_text(torch.tensor(token_ids_ML)))
+        return _array(self._model.encode_text(torch.tensor(token_ids_ML, device=self._device)))
 
     def close(self) -> None:
         """Nothing to release: the weights go when the backend does."""
@@ -128,5 +131,5 @@ def _clip_identity(clip: str | Path | None) -> str:
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.float().contiguous().numpy()
+    array: NDArray[np.float32] = tensor.float().cpu().contiguous().numpy()
     return array

@@ -7,8 +7,9 @@ Needs numpy and OpenCV only.
 
 import cmath
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import cv2
@@ -31,8 +32,44 @@ COLOURS: Final[dict[str, tuple[int, int, int]]] = {
 
 SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 
-OBJECT_NAMES: Final = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-"""The 64 names; a label map's value i stands for OBJECT_NAMES[i]."""
+_MAX_COLOURS: Final = 254 // len(SHAPES)  # 0 is the background in a label file, 255 what does not count
+_COLOUR_NAME: Final = re.compile(r"[a-z]+( [a-z]+)*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Palette:
+    """The colours of a world's objects; with the shapes they make the names.
+
+    colours: (name, sRGB) of 1 to 31 colours, no name twice; a name is lower-case words.
+    names: every colour with every shape; a label map's value i stands for names[i].
+    """
+
+    colours: tuple[tuple[str, tuple[int, int, int]], ...]
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.colours) <= _MAX_COLOURS:
+            raise ConfigError(
+                f"a palette has 1 to {_MAX_COLOURS} colours, whose names fit one byte of a label map, "
+                f"not {len(self.colours)}",
+                key="colours",
+            )
+        for number, (name, rgb) in enumerate(self.colours):
+            if not _COLOUR_NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} is no name of a colour: lower-case words, such as light blue", key=name)
+            if name in (other for other, _ in self.colours[:number]):
+                raise ConfigError(f"the colour {name} is there twice; give each one name", key=name)
+            if len(rgb) != 3 or any(not 0 <= value <= 255 for value in rgb):
+                raise ConfigError(f"the colour {name} is {rgb}; it needs red, green and blue in 0..255", key=name)
+        names = tuple(f"{colour} {shape}" for colour, _ in self.colours for shape in SHAPES)
+        object.__setattr__(self, "names", names)  # frozen: this is the one way to set a value that follows
+
+
+PALETTE: Final = Palette(colours=tuple(COLOURS.items()))
+"""The eight colours that every world has unless it is given others."""
+
+OBJECT_NAMES: Final = PALETTE.names
+"""The 64 names of the default palette; a label map's value i stands for OBJECT_NAMES[i]."""
 
 BACKGROUND: Final = -1
 """Label of every pixel that no object covers."""
@@ -96,9 +133,9 @@ class Scene:
     """One picture with everything that is known about it.
 
     image: (S, S, 3) uint8 RGB.
-    label_map: (S, S) int16, index into OBJECT_NAMES or BACKGROUND.
+    label_map: (S, S) int16, index into the palette's names (OBJECT_NAMES) or BACKGROUND.
     caption: names one, some or all of the objects.
-    present: indices into OBJECT_NAMES of objects with visible pixels, ascending.
+    present: indices into the palette's names of objects with visible pixels, ascending.
     """
 
     image: npt.NDArray[np.uint8]
@@ -190,10 +227,10 @@ def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     return smooth
 
 
-def _pick_name(rng: np.random.Generator, taken: list[int], sibling: float) -> int:
+def _pick_name(rng: np.random.Generator, names: int, taken: list[int], sibling: float) -> int:
     """An object not yet in the scene; siblings of one that is make colour and shape both matter."""
     while True:
-        name = int(rng.integers(len(OBJECT_NAMES)))
+        name = int(rng.integers(names))
         if taken and rng.random() < sibling:
             other = taken[int(rng.integers(len(taken)))]
             shapes = len(SHAPES)
@@ -203,8 +240,9 @@ def _pick_name(rng: np.random.Generator, taken: list[int], sibling: float) -> in
             return name
 
 
-def _colour(name_index: int) -> str:
-    return OBJECT_NAMES[name_index].split()[0]
+def _colour(name_index: int) -> int:
+    """Number of a name's colour in the palette."""
+    return name_index // len(SHAPES)
 
 
 def _overlap(one: _Placed, other: _Placed) -> float:
@@ -219,12 +257,12 @@ def _allowed_overlap(one: _Placed, other: _Placed, config: WorldConfig) -> float
     return 0.0 if _colour(one.name_index) == _colour(other.name_index) else config.max_overlap
 
 
-def _place(rng: np.random.Generator, config: WorldConfig) -> list[_Placed]:
+def _place(rng: np.random.Generator, config: WorldConfig, names: int) -> list[_Placed]:
     """Objects of one scene, back to front; one that finds no room after a few tries is left out."""
     count = int(rng.integers(config.min_objects, config.max_objects + 1))
     placed: list[_Placed] = []
     for _ in range(count):
-        name = _pick_name(rng, [p.name_index for p in placed], config.sibling)
+        name = _pick_name(rng, names, [p.name_index for p in placed], config.sibling)
         for _ in range(12):
             radius = rng.uniform(config.min_radius, config.max_radius)
             x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, 2)
@@ -239,8 +277,7 @@ def _with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
-def _caption(rng: np.random.Generator, present: list[int], partial: float) -> str:
-    names = [OBJECT_NAMES[i] for i in present]
+def _caption(rng: np.random.Generator, names: list[str], partial: float) -> str:
     rng.shuffle(names)
     if len(names) > 1 and rng.random() < partial:
         names = names[: int(rng.integers(1, len(names)))]
@@ -251,20 +288,28 @@ def _caption(rng: np.random.Generator, present: list[int], partial: float) -> st
     return _FRAMES[int(rng.integers(len(_FRAMES)))].format(phrase)
 
 
-def scene(config: WorldConfig, index: int) -> Scene:
+def scene(config: WorldConfig, index: int, *, palette: Palette = PALETTE) -> Scene:
     """Draw scene number `index` of a world; the same arguments always give the same bytes.
 
+    A palette of as many colours changes these alone: places, shapes and wording stay.
+
     Raises:
-        InputError: index is negative.
+        InputError: index is negative, or a scene may hold more objects than the palette has names.
     """
     if index < 0:
         raise InputError(f"scene index is {index}; scenes are counted from 0")
+    if config.max_objects > len(palette.names):
+        raise InputError(
+            f"a scene may hold {config.max_objects} objects, but {len(palette.colours)} colours make "
+            f"{len(palette.names)} names; lower max_objects, or add colours"
+        )
     rng = np.random.default_rng((config.seed, index))
     canvas = _background(rng, config.size)
     label_map = np.full((config.size, config.size), BACKGROUND, np.int16)
-    for placed in _place(rng, config):
+    for placed in _place(rng, config, len(palette.names)):
         rows, columns, cover = _coverage(placed, config.size)
-        tint = np.array(COLOURS[_colour(placed.name_index)], np.float32)
+        _, rgb = palette.colours[_colour(placed.name_index)]
+        tint = np.array(rgb, np.float32)
         tint = tint + rng.normal(0, 8, 3).astype(np.float32)
         alpha = cover[..., None].astype(np.float32) / 255
         canvas[rows, columns] += (tint - canvas[rows, columns]) * alpha
@@ -274,23 +319,25 @@ def scene(config: WorldConfig, index: int) -> Scene:
     return Scene(
         image=np.clip(canvas, 0, 255).astype(np.uint8),
         label_map=label_map,
-        caption=_caption(rng, present, config.partial_caption),
+        caption=_caption(rng, [palette.names[i] for i in present], config.partial_caption),
         present=tuple(present),
     )
 
 
-def scenes(config: WorldConfig, *, start: int = 0, count: int | None = None) -> Iterator[Scene]:
+def scenes(
+    config: WorldConfig, *, start: int = 0, count: int | None = None, palette: Palette = PALETTE
+) -> Iterator[Scene]:
     """Stream scenes start, start + 1, ... of a world; without `count` the stream does not end."""
     index = start
     while count is None or index < start + count:
-        yield scene(config, index)
+        yield scene(config, index, palette=palette)
         index += 1
 
 
-def every_wording() -> list[str]:
+def every_wording(palette: Palette = PALETTE) -> list[str]:
     """Texts that together hold every word a caption or template can use: what a tokenizer must know."""
-    objects = [_with_article(name) for name in OBJECT_NAMES]
+    objects = [_with_article(name) for name in palette.names]
     wordings = [frame.format(name) for frame in _FRAMES for name in objects[:1]]
-    wordings += [template.format(name) for template in TEMPLATES for name in OBJECT_NAMES[:1]]
+    wordings += [template.format(name) for template in TEMPLATES for name in palette.names[:1]]
     wordings += [join.join(objects[:2]) for join in _JOINS]
-    return [*objects, *OBJECT_NAMES, *wordings, "one, two"]
+    return [*objects, *palette.names, *wordings, "one, two"]

@@ -12,7 +12,7 @@ from tclkit.calib.datasets import Example, fingerprint_from
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.manifest import Manifest
 
-from .world import EVALUATION_SEED, OBJECT_NAMES, WorldConfig, scene
+from .world import EVALUATION_SEED, OBJECT_NAMES, PALETTE, Palette, WorldConfig, scene
 
 PRESENT = "present"
 ALL = "all"
@@ -45,21 +45,30 @@ _BENCHMARK = Benchmark(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldDataset:
-    """A `Dataset` of scenes, each asked twice: for the objects that are in it, and for all 64 names.
+    """A `Dataset` of scenes, each asked twice: for the objects that are in it, and for all names of the palette.
 
     world: what scenes look like; its seed is one that training never draws from.
     count: how many scenes.
+    palette: the objects' colours, and so the names.
     """
 
     world: WorldConfig
     count: int = DEFAULT_SCENES
-    benchmark: Benchmark = field(default=_BENCHMARK, init=False)
+    palette: Palette = PALETTE
     views: tuple[str, ...] = field(default=(PRESENT, ALL), init=False)
     fit: str = field(default="whole", init=False)
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"an evaluation needs 1 scene or more, got {self.count}")
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Classes and prompts: the background, then the palette's names."""
+        if self.palette == PALETTE:
+            return _BENCHMARK
+        title = f"Synthetic shapes ({len(self.palette.names)} names and the background)"
+        return replace(_BENCHMARK, title=title, names=self.palette.names)
 
     def __len__(self) -> int:
         return self.count
@@ -70,13 +79,16 @@ class WorldDataset:
 
     def load(self, index: int) -> Example:
         """Draw one scene."""
-        drawn = scene(self.world, index)
+        drawn = scene(self.world, index, palette=self.palette)
         truth = (drawn.label_map + 1).astype(np.uint8)  # background is -1 there
         return Example(image_hwc=drawn.image, truth=truth, prompts={PRESENT: drawn.present, ALL: None})
 
     def fingerprint(self) -> str:
         """Hex digest of the world; see `Dataset.fingerprint`. Scene i does not depend on how many there are."""
-        return fingerprint_from(self.benchmark, self.fit, dataclasses.asdict(self.world))
+        identity: dict[str, Any] = dataclasses.asdict(self.world)
+        if self.palette != PALETTE:  # journals of the default palette stay good
+            identity["colours"] = self.palette.colours
+        return fingerprint_from(self.benchmark, self.fit, identity)
 
 
 def evaluation_world(manifest: Manifest) -> WorldConfig:

@@ -197,7 +197,7 @@ def test_a_source_without_a_pair_is_refused(tmp_path):
     ("name", "message"),
     [
         ("none-*.tar", "no file fits"),
-        ("a-{00000..00005}.tar", "4 of 6 shards of .* do not exist"),
+        ("a-{00000..00005}.tar", "4 of 6 files of .* do not exist"),
         ("notes.pdf", "is no .tar file"),
         ("none.csv", "does not exist"),
         ("wrong.csv", "has no column image or filepath or path; its columns are a, b"),

@@ -1,6 +1,7 @@
 import itertools
 import re
 
+import cv2
 import numpy as np
 import pytest
 
@@ -9,8 +10,10 @@ from tclkit.tcl.world import (
     BACKGROUND,
     COLOURS,
     OBJECT_NAMES,
+    PALETTE,
     SHAPES,
     TEMPLATES,
+    Palette,
     WorldConfig,
     every_wording,
     scene,
@@ -109,3 +112,66 @@ def test_impossible_worlds_are_refused(values: dict[str, float], text: str) -> N
 def test_negative_index_is_refused() -> None:
     with pytest.raises(InputError, match="counted from 0"):
         scene(WorldConfig(), -1)
+
+
+NEW = Palette(colours=tuple((name, (i * 20, 255 - i * 20, 128)) for i, name in enumerate("abcdefgh")))
+
+
+def test_another_palette_changes_colours_and_names_alone() -> None:
+    for one, other in zip(scenes(WorldConfig(), count=30), scenes(WorldConfig(), count=30, palette=NEW), strict=True):
+        np.testing.assert_array_equal(one.label_map, other.label_map)
+        assert one.present == other.present
+        expected = one.caption
+        for colour, letter in zip(COLOURS, "abcdefgh", strict=True):
+            expected = re.sub(rf"\b{colour}\b", letter, expected)
+        assert re.sub(r"\ban\b", "a", expected) == re.sub(r"\ban\b", "a", other.caption)
+        background = one.label_map == BACKGROUND
+        assert (one.image[~background] != other.image[~background]).any()
+        far = cv2.erode(background.astype(np.uint8), np.ones((5, 5))).astype(bool)  # anti-aliased edges aside
+        np.testing.assert_array_equal(one.image[far], other.image[far])
+
+
+def test_labels_lie_where_the_colour_of_a_palette_is() -> None:
+    palette = Palette(colours=(("light pink", (250, 120, 180)), ("cyan", (0, 220, 230)), ("olive", (90, 100, 10))))
+    assert len(palette.names) == 24
+    assert palette.names[8] == "cyan circle"
+    for drawn in scenes(WorldConfig(size=96, seed=1), count=12, palette=palette):
+        assert any(palette.names[i] in drawn.caption for i in drawn.present)
+        for index in drawn.present:
+            tint = np.array(palette.colours[index // len(SHAPES)][1])
+            pixels = drawn.image[drawn.label_map == index].astype(int)
+            assert np.abs(np.median(pixels, 0) - tint).max() < 45, palette.names[index]
+
+
+def test_the_wording_of_a_palette_is_known() -> None:
+    known = set(re.findall(r"\w+|[.,]", " ".join(every_wording(NEW))))
+    for drawn in scenes(WorldConfig(seed=8, size=16), count=100, palette=NEW):
+        assert set(re.findall(r"\w+|[.,]", drawn.caption)) <= known
+
+
+def test_the_default_palette_is_the_world_as_it_was() -> None:
+    assert PALETTE.names == OBJECT_NAMES
+    assert dict(PALETTE.colours) == COLOURS
+    np.testing.assert_array_equal(scene(WorldConfig(), 3, palette=PALETTE).image, scene(WorldConfig(), 3).image)
+
+
+@pytest.mark.parametrize(
+    ("colours", "text"),
+    [
+        ([], "1 to 31 colours"),
+        ([(f"{a}{b}", (0, 0, 0)) for a in "abcdefgh" for b in "abcd"], "not 32"),
+        ([("Pink", (0, 0, 0))], "'Pink' is no name of a colour"),
+        ([("", (0, 0, 0))], "'' is no name"),
+        ([("pink", (0, 0, 0)), ("pink", (9, 9, 9))], "pink is there twice"),
+        ([("pink", (0, 0, 256))], r"pink is \(0, 0, 256\)"),
+        ([("pink", (0, 0))], "needs red, green and blue"),
+    ],
+)
+def test_impossible_palettes_are_refused(colours: list[tuple[str, tuple[int, ...]]], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Palette(colours=tuple(colours))  # type: ignore[arg-type]
+
+
+def test_more_objects_than_names_are_refused() -> None:
+    with pytest.raises(InputError, match="may hold 9 objects, but 1 colours make 8 names"):
+        scene(WorldConfig(max_objects=9), 0, palette=Palette(colours=(("pink", (250, 120, 180)),)))

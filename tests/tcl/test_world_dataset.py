@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 from tclkit.runtime import open_bundle
 from tclkit.runtime.errors import InputError
 from tclkit.tcl.config import EvaluationConfig, load_config
-from tclkit.tcl.world import EVALUATION_SEED, OBJECT_NAMES, WorldConfig, scene
+from tclkit.tcl.world import EVALUATION_SEED, OBJECT_NAMES, PALETTE, Palette, WorldConfig, scene
 from tclkit.tcl.world_dataset import ALL, PRESENT, WorldDataset, evaluation_world
 
 
@@ -30,6 +31,18 @@ def test_classes_are_the_background_and_the_names() -> None:
     assert (len(dataset), dataset.name(1)) == (2, "scene 1")
     assert dataset.fingerprint() == replace(dataset, count=5).fingerprint()
     assert dataset.fingerprint() != WorldDataset(world=WorldConfig(seed=2)).fingerprint()
+
+
+def test_a_palette_gives_the_names_and_another_fingerprint() -> None:
+    palette = Palette(colours=(("pink", (250, 120, 180)), ("cyan", (0, 220, 230))))
+    plain, coloured = (WorldDataset(world=WorldConfig(seed=1), palette=one) for one in (PALETTE, palette))
+    assert coloured.benchmark.classes == ("background", *palette.names)
+    assert "(16 names" in coloured.benchmark.title
+    assert coloured.load(0).truth.max() <= 16
+    assert pickle.loads(pickle.dumps(coloured)) == coloured
+    journals = "3bf881ef8a371b3b84569e9bc1961e4fbe36acef5828d67ff9d0c8d83b85aacd"  # of version 0.1.0
+    assert WorldDataset(world=WorldConfig()).fingerprint() == journals
+    assert coloured.fingerprint() != plain.fingerprint()
 
 
 def test_a_model_of_unknown_origin_gets_scenes_of_its_size(tiny_bundle_folder: object) -> None:
