@@ -75,7 +75,7 @@ def caption_pictures(
         features = model.image_features(images_BCHW)
         logits_BNhw = model.grounder.mask(similarity(features.grounded_BDhw, text_BD))
         own_Bhw = torch.sigmoid(logits_BNhw.diagonal(dim1=0, dim2=1).permute(2, 0, 1)).float().cpu().numpy()
-    words = tokenizers.Tokenizer.from_str(tokenizer_json)
+    words = reader_of_captions(tokenizer_json)
     height, width = images_BCHW.shape[-2:]
     pictures = []
     for image_CHW, mask_hw, ids_L in zip(images_BCHW, own_Bhw, token_ids_BL, strict=True):
@@ -84,6 +84,13 @@ def caption_pictures(
         caption = shortened(words.decode(ids_L.tolist()).strip() or "(no text)")
         pictures.append(draw_overlay(_bytes(image_CHW), labels, [caption]))
     return pictures
+
+
+def reader_of_captions(tokenizer_json: str) -> tokenizers.Tokenizer:
+    """A tokenizer whose `decode` gives words, which CLIP's own file does not say how to do."""
+    words = tokenizers.Tokenizer.from_str(tokenizer_json)
+    words.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
+    return words
 
 
 def _bytes(image_CHW: Tensor) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ def diagnosis(model: nn.Module, batch: Batch | None) -> str:
     """Sentences that say what of the batch, the weights and the gradients is not finite."""
     weights = [name for name, p in model.named_parameters() if not _is_finite(p)]
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-    said = [_named("weights", weights), _named("gradients", gradients)]
+    said = [_named("weights", weights), _largest(model), _named("gradients", gradients)]
     if batch is not None:
         pictures = [str(i) for i, image in enumerate(batch.images_BCHW) if not _is_finite(image)]
         said.append(_named("images of the batch", pictures))
@@ -32,6 +32,11 @@ def save_batch(path: Path, batch: Batch | None, step: int) -> None:
         torch.save(
             {"step": step, "images_BCHW": batch.images_BCHW.cpu(), "token_ids_BL": batch.token_ids_BL.cpu()}, temporary
         )
+
+
+def _largest(model: nn.Module) -> str:
+    size, name = max((float(p.detach().abs().max()), name) for name, p in model.named_parameters())
+    return f"The largest weight is {size:.3g}, in {name}."
 
 
 def _named(what: str, names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """One of the processes of test_distributed.py: python distributed_worker.py MODE FOLDER RANK COUNT KILL_AT MEETING.
 
-Modes: "parity" computes the authors' batch in all ways, "train" trains on the world; both write into FOLDER.
+Modes: "parity" computes the authors' batch in all ways, and trains on the world, at once and with an interruption;
+"pairs" trains so on the shards in FOLDER; "train" and "train-pairs" train once. All write into FOLDER.
 """
 
 import datetime as dt
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from tclkit.runtime.tokenizer import Tokenizer
 from tclkit.tcl import TCL, LossWeights, TCLConfig, load_model
 from tclkit.tcl.arithmetic import Arithmetic
-from tclkit.tcl.batches import WorldBatches
+from tclkit.tcl.augmentation import AugmentationConfig
+from tclkit.tcl.batches import Batches, WorldBatches
 from tclkit.tcl.config import TrainConfig, load_config
 from tclkit.tcl.distributed import parallel
 from tclkit.tcl.grounder_training import GrounderStage
 from tclkit.tcl.loop import run_stage
+from tclkit.tcl.pair_batches import PairBatches
+from tclkit.tcl.pairs import PairsConfig
 from tclkit.tcl.tokenizer_file import pruned_tokenizer_json
 from tclkit.tcl.world import every_wording
 
@@ -46,8 +50,9 @@ TINY = [
 ]
 
 
-def tiny_config(pairs_a_process: int) -> TrainConfig:
-    return load_config("tcl-shapes", [*TINY, f"grounder_training.batch_size={pairs_a_process}"])
+def tiny_config(pairs_a_process: int, parts: int) -> TrainConfig:
+    batch = [f"grounder_training.batch_size={pairs_a_process}", f"grounder_training.accumulate={parts}"]
+    return load_config("tcl-shapes", [*TINY, *batch])
 
 
 class _StopError(Exception):
@@ -67,15 +72,29 @@ class Interrupted(GrounderStage):
         return super().losses(step)
 
 
-def train(folder: Path, pairs_a_process: int, *, stop_at: int = -1, kill_at: int = -1) -> dict[str, torch.Tensor]:
-    """Train a tiny grounder on a random CLIP; every step's losses are added to steps.jsonl, the weights returned."""
+def train(
+    folder: Path,
+    pairs_a_process: int,
+    *,
+    shards: str = "",
+    parts: int = 1,
+    stop_at: int = -1,
+    kill_at: int = -1,
+) -> dict[str, torch.Tensor]:
+    """Train a tiny grounder on a random CLIP; every step's losses are added to steps.jsonl, the weights returned.
+
+    With shards it reads from those, one worker a part of the batch.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(pairs_a_process)
+    config = tiny_config(pairs_a_process, parts)
     torch.manual_seed(3)
     model = TCL(TCLConfig(clip=config.clip))
     model.grounder.open_gates(0.5)
     tokenizer = Tokenizer(pruned_tokenizer_json(every_wording()), config.clip.context_length)
-    batches = WorldBatches(config.world, tokenizer, pairs_a_process)
+    batches: Batches = WorldBatches(config.world, tokenizer, pairs_a_process)
+    if shards:
+        pairs, changed = PairsConfig(sources=[shards], seed=2), AugmentationConfig(size=32)
+        batches = PairBatches(pairs, changed, tokenizer, pairs_a_process, workers=parts)
     settings = config.grounder_training
     stage = Interrupted(settings, config.grounder, config.losses, model, batches, Arithmetic("cpu", config.precision))
     stage.stop_at, stage.kill_at = stop_at, kill_at
@@ -117,16 +136,18 @@ def main() -> None:
     meeting = f"file://{folder}/meeting-{sys.argv[6]}"
     timeout = dt.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=timeout)
+    shards = str(folder / "*.tar") if "pairs" in mode else ""
     if mode == "parity":
         parity(folder, rank)
-        whole = train(folder / "whole", 3)
+    if mode in ("parity", "pairs"):
+        whole = train(folder / "whole", 3, shards=shards)
         try:
-            train(folder / "cut", 3, stop_at=12)
+            train(folder / "cut", 3, shards=shards, stop_at=12)
         except _StopError:
-            mended = train(folder / "cut", 3)
+            mended = train(folder / "cut", 3, shards=shards)
             torch.save({"whole": whole, "mended": mended}, folder / f"weights{rank}.pt")
     else:
-        train(folder / "run", 3, kill_at=int(sys.argv[5]) if rank == 1 else -1)
+        train(folder / "run", 3, shards=shards, kill_at=int(sys.argv[5]) if rank == 1 else -1)
     dist.destroy_process_group()
 
 

@@ -20,8 +20,11 @@ def test_all_that_is_not_finite_is_named():
 
 
 def test_what_is_sound_is_said_to_be():
-    said = diagnosis(torch.nn.Linear(2, 2), None)
-    assert said == "All weights are finite. All gradients are finite."
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[0] = -7.5
+    said = diagnosis(model, None)
+    assert said == "All weights are finite. The largest weight is 7.5, in bias. All gradients are finite."
 
 
 def test_a_batch_is_kept_and_none_is_not(tmp_path):

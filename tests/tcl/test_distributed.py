@@ -24,6 +24,8 @@ from tclkit.tcl.distributed import (
     process_group,
 )
 from tclkit.tcl.official import our_name
+from tclkit.tcl.world import WorldConfig
+from tclkit.tcl.world_shards import write_world_shards
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 LOSSES = ("tcli_loss", "tclf_loss", "area_loss", "neg_area_loss", "tv_img_loss", "tv_mask_loss")
@@ -164,16 +166,45 @@ def steps(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def two_on_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have trained on the shards of the world that lie there."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder)
+    codes = run_two("pairs", folder)
+    logs = "\n".join((folder / f"pairs-{rank}.txt").read_text() for rank in range(2))
+    assert codes == [0, 0], logs
+    return folder
+
+
+def write_shards(folder: Path) -> None:
+    write_world_shards(folder, WorldConfig(size=48), scenes=48, per_shard=12)
+
+
 def test_twenty_steps_of_two_processes_are_those_of_one_with_the_double_batch(two, worker, tmp_path):
     worker.train(tmp_path, 6)
-    ours, alone = steps(two / "whole"), steps(tmp_path)
+    check_same_course(two, tmp_path, worker)
+
+
+def test_twenty_steps_of_two_processes_on_shards_are_those_of_one_with_a_batch_in_two_parts(
+    two_on_shards, worker, tmp_path
+):
+    """Each part has a worker, which reads what a process of its own would have read."""
+    worker.train(tmp_path, 3, shards=str(two_on_shards / "*.tar"), parts=2)
+    check_same_course(two_on_shards, tmp_path, worker)
+
+
+def check_same_course(two: Path, one: Path, worker: ModuleType) -> None:
+    ours, alone = steps(two / "whole"), steps(one)
     assert [row["step"] for row in ours] == list(range(1, worker.STEPS + 1))
     for row, other in zip(ours, alone, strict=True):
         for name, value in other.items():
             assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["step"], name)
 
 
-def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(two, worker):
+@pytest.mark.parametrize("data", ["two", "two_on_shards"])
+def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(data, request, worker):
+    two = request.getfixturevalue(data)
     whole, cut = steps(two / "whole"), steps(two / "cut")
     assert [row["step"] for row in cut] == [*range(1, 13), *range(11, worker.STEPS + 1)]
     assert cut[:12] == whole[:12]
@@ -191,15 +222,17 @@ def test_both_processes_end_with_the_same_weights(two):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_which_then_goes_on(worker, tmp_path):
+@pytest.mark.parametrize("mode", ["train", "train-pairs"])
+def test_a_killed_process_ends_the_run_which_then_goes_on(mode, worker, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    assert run_two("train", whole) == [0, 0]
-    codes = run_two("train", broken, kill_at=12)
+        write_shards(folder)
+    assert run_two(mode, whole) == [0, 0]
+    codes = run_two(mode, broken, kill_at=12)
     assert codes[1] == -9
     assert codes[0] != 0
-    assert run_two("train", broken) == [0, 0]
+    assert run_two(mode, broken) == [0, 0]
     first, rest = steps(broken / "run")[:12], steps(broken / "run")[12:]
     assert first == steps(whole / "run")[:12]
     assert rest == steps(whole / "run")[10:]

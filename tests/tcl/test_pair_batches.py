@@ -10,8 +10,8 @@ from PIL import Image
 import tclkit.tcl.pair_batches as pair_batches
 from tclkit.runtime.errors import ConfigError, InputError
 from tclkit.runtime.tokenizer import Tokenizer
-from tclkit.tcl.distributed import Place
 from tclkit.tcl.augmentation import Augmentation, AugmentationConfig
+from tclkit.tcl.distributed import Place
 from tclkit.tcl.pair_batches import PairBatches
 from tclkit.tcl.pairs import PairsConfig
 from tclkit.tcl.tokenizer_file import pruned_tokenizer_json
