@@ -1,18 +1,26 @@
-"""`tclkit data`: label maps as the benchmarks expect them, and what of a benchmark is missing."""
+"""`tclkit data`: label maps as the benchmarks expect them, what of one is missing, and the synthetic world."""
 
+import re
+import shlex
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tclkit.runtime.errors import InputError
+from tclkit.runtime.errors import ConfigError, InputError
 
 from ._console import EXIT_FAILED, DebugOption, fail, print_json, say
 from ._progress import work_display
 from ._settings import JsonOption
 
+if TYPE_CHECKING:
+    from tclkit.tcl.world import Palette
+    from tclkit.tcl.world_shards import WorldFiles
+
 _SHOWN = 10
+_LABELLED = "labelled"
+_COLOUR = re.compile(r"(?P<name>[^=]+)=#?(?P<rgb>[0-9a-fA-F]{6})")
 
 
 class LabelSource(str, Enum):
@@ -101,3 +109,90 @@ def _prepare_one(key: str, root: Path, source: str, *, check: bool) -> dict[str,
         "missing": missing,
         "problems": problems,
     }
+
+
+def world(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the shards; train from DIR/*.tar.")
+    ],
+    scenes: Annotated[int, typer.Option("--scenes", min=1, metavar="N", help="Image-text pairs in all.")],
+    per_shard: Annotated[
+        int, typer.Option("--per-shard", min=1, max=10_000, metavar="N", help="Pairs of one shard.")
+    ] = 1000,
+    size: Annotated[int, typer.Option("--size", min=16, max=4096, metavar="PIXELS", help="Of an image's side.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Another seed gives other scenes.")] = 0,
+    colours: Annotated[
+        str | None,
+        typer.Option(
+            "--colours",
+            metavar="NAME=RRGGBB,...",
+            help="Of the objects, and so of the captions: pink=ff8ac4,teal=0e8a80. Default: the eight that tcl-shapes "
+            "knows.",
+        ),
+    ] = None,
+    labelled: Annotated[
+        int,
+        typer.Option(
+            "--labelled",
+            min=0,
+            metavar="N",
+            help=f"Write N other scenes with label maps into DIR/{_LABELLED} as well, to evaluate on.",
+        ),
+    ] = 0,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the synthetic world as image-text shards; run the same command again to go on after an interruption."""
+    from tclkit.tcl.world import PALETTE, WorldConfig
+    from tclkit.tcl.world_shards import write_labelled_scenes, write_world_shards
+
+    palette = PALETTE if colours is None else _palette(colours)
+    settings = WorldConfig(size=size, seed=seed)
+    judged = None
+    with work_display() as display:
+        made = write_world_shards(
+            output,
+            settings,
+            scenes=scenes,
+            per_shard=per_shard,
+            palette=palette,
+            progress=lambda done, total: display.phase("scenes", done, total),
+        )
+        if labelled:
+            judged = write_labelled_scenes(
+                output / _LABELLED,
+                settings,
+                scenes=labelled,
+                palette=palette,
+                progress=lambda done, total: display.phase("labelled scenes", done, total),
+            )
+    _report_world(made, judged, json_output=json_output)
+
+
+def _palette(text: str) -> "Palette":
+    from tclkit.tcl.world import Palette
+
+    found = []
+    for part in text.split(","):
+        match = _COLOUR.fullmatch(part.strip())
+        if match is None:
+            raise typer.BadParameter(f"--colours {part.strip()!r} is not of the form NAME=RRGGBB, such as pink=ff8ac4")
+        red, green, blue = bytes.fromhex(match["rgb"])
+        found.append((match["name"].strip(), (red, green, blue)))
+    try:
+        return Palette(colours=tuple(found))
+    except ConfigError as error:
+        raise typer.BadParameter(f"--colours: {error.message}") from error
+
+
+def _report_world(made: "WorldFiles", judged: "WorldFiles | None", *, json_output: bool) -> None:
+    source = str(made.folder / "*.tar")
+    if json_output:
+        shards = {"written": made.written, "kept": made.kept}
+        found = None if judged is None else {"folder": str(judged.folder), "scenes": judged.scenes}
+        print_json({"source": source, "scenes": made.scenes, "shards": shards, "labelled": found})
+        return
+    typer.echo(f"{source}: {made.scenes} pairs in {made.written + made.kept} shards, {made.kept} of which were there")
+    if judged is not None:
+        typer.echo(f"{judged.folder}: {judged.scenes} labelled scenes")
+        say(f"next: tclkit eval --benchmark folder --data {shlex.quote(str(judged.folder))} --model MODEL")

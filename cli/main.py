@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from ._console import DebugOption, reported_errors
 from .build_engine import build_engine
-from .data import prepare
+from .data import prepare, world
 from .demo import demo
 from .embed import embed
 from .eval import eval_
@@ -69,9 +69,9 @@ def _make_app() -> typer.Typer:
     }.items():
         for command in commands:
             made.command(_command_name(command), rich_help_panel=panel)(command)
-    data = typer.Typer(help="Benchmarks' files: make what is missing.", no_args_is_help=True, rich_markup_mode="rich")
-    data.callback()(_data)  # keeps the sub-command's name, though there is only one
+    data = typer.Typer(help="Make data to train from or to judge by.", no_args_is_help=True, rich_markup_mode="rich")
     data.command()(prepare)
+    data.command()(world)
     made.add_typer(data, name="data", rich_help_panel="Judge it")
     return made
 
@@ -79,10 +79,6 @@ def _make_app() -> typer.Typer:
 def _command_name(command: Callable[..., None]) -> str:
     """A function's name as a command; the underscore after a name of Python's own goes."""
     return command.__name__.rstrip("_").replace("_", "-")
-
-
-def _data() -> None:
-    """Benchmarks' files: make what is missing."""
 
 
 app = _make_app()

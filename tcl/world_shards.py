@@ -147,7 +147,7 @@ def write_labelled_scenes(
     world = replace(world, seed=EVALUATION_SEED)
     scene(world, first, palette=palette)
     description = _description(world, palette, scenes=scenes, first=first)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         _require_same(folder, description)
         return WorldFiles(folder=folder, scenes=scenes, written=0, kept=scenes)
     with atomic_folder(folder) as temporary:

@@ -31,6 +31,7 @@ OPTIONS = {
     "--pictures --no-pictures --classes --json --debug",
     "data": "",
     "data prepare": "name --root --source --check --json --debug",
+    "data world": "--output -o --scenes --per-shard --size --seed --colours --labelled --json --debug",
 }
 
 
