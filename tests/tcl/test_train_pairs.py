@@ -228,7 +228,8 @@ def test_a_signal_ends_the_run_after_a_step_and_it_goes_on(home: Path, tmp_path:
 
 def test_what_is_not_finite_is_diagnosed_and_kept(home: Path, tmp_path: Path) -> None:
     wild = recipe(home, "grounder_training.lr=1e30", "grounder_training.warmup_steps=0")
-    with pytest.raises(TrainingError, match=r"not finite.*The largest weight is \S+e\+3\d, in grounder.*broken-batch-0\.pt") as caught:
+    said = r"not finite.*The largest weight is \S+e\+3\d, in grounder.*broken-batch-0\.pt"
+    with pytest.raises(TrainingError, match=said) as caught:
         train(wild, run_folder=tmp_path)
     kept = torch.load(tmp_path / "broken-batch-0.pt")
     assert kept["step"] == caught.value.values["step"]
