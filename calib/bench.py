@@ -175,7 +175,8 @@ def run_bench(settings: BenchSettings, *, progress: Progress | None = None) -> B
             for lane in lanes:
                 lane.close()
     if settings.memory:
-        _measure_memory(job, [entrant for entrant in chosen if not reports[entrant.name].problem], sizes[0], reports)
+        ran = [entrant for entrant in chosen if not reports[entrant.name].problem]
+        notes += _measure_memory(job, ran, sizes[0], reports)
     peaks = tuple(meter.peak() for meter in meters)
     work = _Work(bundles, peaks)
     rows = tuple(
@@ -401,7 +402,11 @@ def _varied(texts: Sequence[str], variant: int) -> list[str]:
     return [texts[0] + " " * variant, *texts[1:]]
 
 
-def _measure_memory(job: _Job, entrants: Sequence[Entrant], size: Size, reports: dict[str, ContenderReport]) -> None:
+def _measure_memory(
+    job: _Job, entrants: Sequence[Entrant], size: Size, reports: dict[str, ContenderReport]
+) -> list[str]:
+    """Put into the reports what a process of each contender's own holds at most; returns why it is not known."""
+    notes = []
     for number, entrant in enumerate(entrants):
         job.report(f"peak memory: {entrant.name}", number, len(entrants))
         memory_job = MemoryJob(
@@ -412,7 +417,13 @@ def _measure_memory(job: _Job, entrants: Sequence[Entrant], size: Size, reports:
             image=job.settings.image,
             prompts=job.texts[: min(_EMBEDDED, job.settings.prompts[0])],
         )
-        reports[entrant.name] = replace(reports[entrant.name], peak_memory_bytes=measure_peak_memory(memory_job))
+        try:
+            peak = measure_peak_memory(memory_job)
+        except TclkitError as error:
+            notes.append(f"the peak memory of {entrant.name} could not be measured: {error.message}")
+        else:
+            reports[entrant.name] = replace(reports[entrant.name], peak_memory_bytes=peak)
+    return notes
 
 
 class _Work:

@@ -30,6 +30,7 @@ _STAGE_COLOURS = {
     "draw": (204, 121, 167),
 }
 _LINE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0))
+_BY_ARITHMETIC = "growing as the arithmetic of both graphs does"
 _Colour = tuple[int, int, int]
 _Point = tuple[float, float]
 
@@ -62,12 +63,16 @@ def draw_chart(result: BenchResult) -> npt.NDArray[np.uint8]:
         raise InputError("no contender ran, so there is nothing to draw")
     sweeps = _sweeps(result)
     bars_height = 4 * _LINE + len(result.contenders) * (_BAR + _BAR_GAP) + 3 * _LINE
-    height = _MARGIN + 2 * _LINE + bars_height + (_LINE + _PANEL_HEIGHT + 2 * _LINE if sweeps else 0) + 2 * _LINE
+    styles = _line_styles(result)
+    keys = _flowed([*styles, _BY_ARITHMETIC], 34 + 22) if sweeps else []
+    panels_height = _LINE + len(keys) * _LINE + _PANEL_HEIGHT if sweeps else 0
+    height = _MARGIN + 2 * _LINE + bars_height + panels_height + 2 * _LINE
     canvas = _Canvas(_WIDTH, height)
     top = _write_heading(canvas, result)
     top = _draw_bars(canvas, result, top)
     if sweeps:
-        _draw_sweeps(canvas, result, sweeps, top + _LINE)
+        _write_line_legend(canvas, keys, styles, top + _LINE)
+        _draw_sweeps(canvas, sweeps, styles, top + (1 + len(keys)) * _LINE + 8)
     canvas.text((_MARGIN, height - _LINE - 4), _footer(result), size=13, colour=_SOFT)
     return canvas.picture()
 
@@ -159,6 +164,7 @@ def _draw_bars(canvas: _Canvas, result: BenchResult, top: int) -> int:
         canvas.text((left - 14, middle), contender.name, anchor="rm")
         if contender.name not in rows:
             reason = _shortened(f"did not run: {contender.problem}", canvas.width - _MARGIN - left - 8, 13)
+            canvas.box((left + 4, y), (left + 12 + _text_width(reason, 13), y + _BAR), _PAPER)  # over the grid's lines
             canvas.text((left + 8, middle), reason, size=13, colour=_SOFT, anchor="lm")
             continue
         row, x = rows[contender.name], float(left)
@@ -183,22 +189,46 @@ def _write_stage_legend(canvas: _Canvas, stages: Sequence[str], top: int) -> Non
         x += 20 + _text_width(stage, 13) + 22
 
 
-def _draw_sweeps(canvas: _Canvas, result: BenchResult, sweeps: Sequence[_Sweep], top: int) -> None:
+def _line_styles(result: BenchResult) -> dict[str, tuple[int, _Colour]]:
+    """Marker and colour of each contender that ran."""
     names = [contender.name for contender in result.contenders if not contender.problem]
-    styles = {name: (number, _LINE_COLOURS[number % len(_LINE_COLOURS)]) for number, name in enumerate(names)}
+    return {name: (number, _LINE_COLOURS[number % len(_LINE_COLOURS)]) for number, name in enumerate(names)}
+
+
+def _flowed(names: Sequence[str], room: int) -> list[list[tuple[str, float]]]:
+    """(name, x) of every name of a legend, row by row; `room` is for the sign before and the space behind it."""
+    rows: list[list[tuple[str, float]]] = [[]]
     x = float(_MARGIN)
-    for name, (shape, colour) in styles.items():
-        canvas.line([(x, top + 9), (x + 26, top + 9)], colour, 2)
-        canvas.mark((x + 13, top + 9), shape, colour)
-        canvas.text((x + 34, top + 9), name, size=13, anchor="lm")
-        x += 34 + _text_width(name, 13) + 22
-    if any(line[2] is not None for sweep in sweeps for lines in sweep.lines.values() for line in lines):
-        canvas.dots((x, top + 9), (x + 26, top + 9), _INK)
-        canvas.text((x + 34, top + 9), "growing as its arithmetic does", size=13, anchor="lm")
+    for name in names:
+        needed = room + _text_width(name, 13)
+        if rows[-1] and x + needed > _WIDTH - _MARGIN:
+            rows.append([])
+            x = float(_MARGIN)
+        rows[-1].append((name, x))
+        x += needed
+    return rows
+
+
+def _write_line_legend(
+    canvas: _Canvas, rows: Sequence[Sequence[tuple[str, float]]], styles: dict[str, tuple[int, _Colour]], top: int
+) -> None:
+    for number, row in enumerate(rows):
+        y = top + number * _LINE + 9
+        for name, x in row:
+            if name in styles:
+                shape, colour = styles[name]
+                canvas.line([(x, y), (x + 26, y)], colour, 2)
+                canvas.mark((x + 13, y), shape, colour)
+            else:
+                canvas.dots((x, y), (x + 26, y), _INK)
+            canvas.text((x + 34, y), name, size=13, anchor="lm")
+
+
+def _draw_sweeps(canvas: _Canvas, sweeps: Sequence[_Sweep], styles: dict[str, tuple[int, _Colour]], top: int) -> None:
     gap = 26
     width = (canvas.width - 2 * _MARGIN - gap * (len(sweeps) - 1)) / len(sweeps)
     for number, sweep in enumerate(sweeps):
-        _draw_sweep(canvas, sweep, styles, (_MARGIN + number * (width + gap), top + _LINE + 14), width)
+        _draw_sweep(canvas, sweep, styles, (_MARGIN + number * (width + gap), top), width)
 
 
 def _draw_sweep(

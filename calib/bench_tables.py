@@ -47,6 +47,26 @@ def tables_from_result(result: BenchResult) -> list[TextTable]:
     return [table for table in tables if table.rows]
 
 
+def lines_from_result(result: BenchResult) -> list[str]:
+    """What was measured on which machine, in a few lines."""
+    machine = result.machine
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    load = " and ".join("unknown" if one is None else f"{one:g}" for one in (machine.load_before, machine.load_after))
+    rounds, seed = result.settings["rounds"], result.settings["seed"]
+    lines = [
+        f"picture: {result.picture}; {rounds} rounds, seed {seed}, medians",
+        f"machine: {machine.processor}, {machine.usable_cpus} CPUs, {machine.system}; load before and after: {load}",
+        f"versions: Python {machine.python}, {packages}",
+    ]
+    if result.reference_gflop is not None and result.rows:
+        base = result.rows[0]
+        counted = "" if base.gflop is None else f"; the graph of {base.contender} takes {_number(base.gflop)}"
+        lines.append(
+            f"matrix products of the first row's work: reference {_number(result.reference_gflop)} GFLOP{counted}"
+        )
+    return lines
+
+
 def _frames(result: BenchResult) -> TextTable:
     rows = [row for row in result.rows if row.batch == 1]
     shown = {"size": len({(row.height, row.width) for row in rows}) > 1, "times": len(result.base_rows) > 1}
