@@ -98,7 +98,7 @@ class BenchSettings:
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise InputError(f"{field} should be different ones, got {', '.join(map(str, values))}")
-        for field, least in (("rounds", 1), ("warm_up", 0), ("threads", 1), ("seed", 0), ("gemm_side", 0)):
+        for field, least in (("rounds", 1), ("warm_up", 1), ("threads", 1), ("seed", 0), ("gemm_side", 0)):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise InputError(f"{field} should be {least} or more, got {value}")
@@ -226,7 +226,7 @@ class _Lane:
             self._prompts[count] = with_random_rest(embedded, self._job.texts[:count], self._job.settings.seed)
         self._features = self.segmenter.features(self._job.picture.image_hwc)
         for piece in pieces:
-            took_ms = [sum(self._run(piece).values()) for _ in range(max(1, runs))]
+            took_ms = [sum(self._run(piece).values()) for _ in range(runs)]
             self._quick[piece] = took_ms[-1] < _QUICK_MS
 
     def measure(self, piece: Piece) -> dict[str, float]:

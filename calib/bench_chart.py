@@ -62,7 +62,7 @@ def draw_chart(result: BenchResult) -> npt.NDArray[np.uint8]:
     if not result.rows:
         raise InputError("no contender ran, so there is nothing to draw")
     sweeps = _sweeps(result)
-    bars_height = 4 * _LINE + len(result.contenders) * (_BAR + _BAR_GAP) + 3 * _LINE
+    bars_height = 3 * _LINE + 18 + len(result.contenders) * (_BAR + _BAR_GAP)
     styles = _line_styles(result)
     keys = _flowed([*styles, _BY_ARITHMETIC], 34 + 22) if sweeps else []
     panels_height = _LINE + len(keys) * _LINE + _PANEL_HEIGHT if sweeps else 0
@@ -266,9 +266,23 @@ def _draw_sweep(
 def _sweeps(result: BenchResult) -> list[_Sweep]:
     """Panels of the properties that were varied."""
     found = [
-        _sweep(result, "ms by prompts", "prompts", lambda row: (row.prompts,), ("height", "width", "batch")),
-        _sweep(result, "ms by image size", "pixels", lambda row: (row.height, row.width), ("batch", "prompts")),
-        _sweep(result, "ms an image by batch, graphs alone", "images at once", lambda row: (row.batch,), _BUT_BATCH),
+        _sweep(
+            result, "ms by prompts (logarithmic)", "prompts", lambda row: (row.prompts,), ("height", "width", "batch")
+        ),
+        _sweep(
+            result,
+            "ms by image size (logarithmic)",
+            "pixels",
+            lambda row: (row.height, row.width),
+            ("batch", "prompts"),
+        ),
+        _sweep(
+            result,
+            "ms an image by batch, graphs alone (logarithmic)",
+            "images at once",
+            lambda row: (row.batch,),
+            _BUT_BATCH,
+        ),
     ]
     return [sweep for sweep in found if len(sweep.ticks) > 1]
 

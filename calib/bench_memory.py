@@ -54,7 +54,7 @@ def measure_peak_memory(job: MemoryJob) -> int | None:
         found: int | str | None = ours.recv()
     except EOFError:
         process.join()
-        raise TclkitError(f"it ended with exit code {process.exitcode}; memory may have run out") from None
+        raise TclkitError(f"its process ended with exit code {process.exitcode}; memory may have run out") from None
     finally:
         process.terminate()
         process.join()

@@ -8,7 +8,7 @@ from .gemm_peak import best_peaks
 
 _NONE = "-"
 _REFERENCE = "torch fp32"
-_SHORT = {"image graph": "image", "mask graph": "masks", "post-process": "post"}
+_SHORT = {"preprocess": "prepare", "image graph": "image", "mask graph": "masks", "post-process": "post"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def lines_from_result(result: BenchResult) -> list[str]:
 def _frames(result: BenchResult) -> TextTable:
     rows = [row for row in result.rows if row.batch == 1]
     shown = {"size": len({(row.height, row.width) for row in rows}) > 1, "times": len(result.base_rows) > 1}
-    right = ("prompts", "ms", "p95", "img/s", "times", "graphs", "GFLOP", "of peak")
+    right = ("prompts", "ms", "p95", "img/s", "times", "GFLOP", "of peak")
     columns = tuple(column for column in ("contender", "size", *right) if shown.get(column, True))
     cells = []
     for row in rows:
@@ -83,12 +83,11 @@ def _frames(result: BenchResult) -> TextTable:
             "p95": _number(row.total.p95_ms),
             "img/s": _number(row.images_per_second),
             "times": f"{reference.total.median_ms / row.total.median_ms:.2f}",
-            "graphs": _ms(row.graphs),
             "GFLOP": _NONE if row.gflop is None else _number(row.gflop),
             "of peak": _percent(row.peak_fraction),
         }
         cells.append(tuple(of_row[column] for column in columns))
-    compared = f"; times: as fast as {_reference(rows[0], rows).contender}" if shown["times"] else ""
+    compared = f"; times: speed against {_reference(rows[0], rows).contender}" if shown["times"] else ""
     title = f"Frames of {result.model}, from the file's bytes to the overlay: median ms{compared}"
     return TextTable(title=title, columns=columns, right=right, rows=tuple(cells))
 
@@ -111,13 +110,13 @@ def _problems(result: BenchResult) -> TextTable:
 def _stages(result: BenchResult) -> TextTable:
     rows = [row for row in result.base_rows if row.batch == 1]
     names = tuple(_SHORT.get(stage, stage) for stage in STAGES)
-    right = (*names, "new prompts", "of a frame")
+    right = (*names, "again", "share")
     cells = tuple(
         (row.contender, *(_ms(row.stages.get(stage)) for stage in STAGES), _ms(row.new_prompts), _share(row))
         for row in rows
     )
     work = f"{_size(rows[0])}, {_prompts(rows[0].prompts)}" if rows else ""
-    title = f"Where the time goes ({work}), median ms; new prompts: the same image asked again"
+    title = f"Where the time goes ({work}), median ms; again: new prompts on the same image, and their share of a frame"
     return TextTable(title=title, columns=("contender", *right), right=right, rows=cells)
 
 
