@@ -106,7 +106,7 @@ def shares(result: BenchResult) -> TextTable:
                 f"{around / full * 100:.2f} %",
             )
         )
-    right = ("full pass", "new prompts", "of it", "pre and post", "of it ")
+    right = ("full pass", "new prompts", "of it", "pre and post", "share")
     title = (
         "A full pass from the decoded image to its labels, median ms; new prompts on the same image; what is no graph"
     )
@@ -171,7 +171,8 @@ def measured(part: str, bundle: Bundle, settings: BenchSettings) -> Iterator[str
     yield "\n".join(f"- {line}" for line in (*lines_from_result(result), *result.notes)) + "\n"
     if part == "against":
         yield shares(result).to_markdown()
-        yield label_agreement(bundle_of_size(bundle, settings.sizes[0]), settings).to_markdown()
+        if (folder / "tcl.pt").exists() and settings.contenders:  # torch with other weights labels something else
+            yield label_agreement(bundle_of_size(bundle, settings.sizes[0]), settings).to_markdown()
 
 
 def _show(what: str, done: int, total: int) -> None:
