@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import absolute_maxima, activation_ranges, float_tensor_maxima
+    from .bench import BenchSettings, run_bench
+    from .bench_chart import draw_chart
+    from .bench_results import BenchResult, BenchRow, ContenderReport, Spread
     from .benchmarks import Benchmark, benchmark_named, published_benchmarks
     from .calibration_images import CalibrationProgress, CalibrationSet, ImageBatches, select_images
     from .datasets import Dataset, Example, FolderDataset, missing_parts, open_benchmark, open_own_data
@@ -20,10 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RANGE_METHODS",
+    "BenchResult",
+    "BenchRow",
+    "BenchSettings",
     "Benchmark",
     "CalibrationProgress",
     "CalibrationSet",
     "Contender",
+    "ContenderReport",
     "Dataset",
     "Evaluation",
     "EvaluationSettings",
@@ -36,12 +43,14 @@ __all__ = [
     "RangeMethod",
     "Scores",
     "Share",
+    "Spread",
     "ViewResult",
     "absolute_maxima",
     "activation_ranges",
     "benchmark_named",
     "confusion_from_labels",
     "count_pixels",
+    "draw_chart",
     "draw_confusion",
     "draw_gallery",
     "entropy_limit",
@@ -57,12 +66,16 @@ __all__ = [
     "percentile_limit",
     "prepare_labels",
     "published_benchmarks",
+    "run_bench",
     "scores_from_counts",
     "select_images",
 ]
 
 _HOMES = {
     "activations": ("absolute_maxima", "activation_ranges", "float_tensor_maxima"),
+    "bench": ("BenchSettings", "run_bench"),
+    "bench_chart": ("draw_chart",),
+    "bench_results": ("BenchResult", "BenchRow", "ContenderReport", "Spread"),
     "benchmarks": ("Benchmark", "benchmark_named", "published_benchmarks"),
     "calibration_images": ("CalibrationProgress", "CalibrationSet", "ImageBatches", "select_images"),
     "datasets": ("Dataset", "Example", "FolderDataset", "missing_parts", "open_benchmark", "open_own_data"),

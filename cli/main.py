@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._console import DebugOption, reported_errors
+from .bench import bench
 from .build_engine import build_engine
 from .data import prepare, world
 from .demo import demo
@@ -64,7 +65,7 @@ def _make_app() -> typer.Typer:
         "Look": (demo, segment),
         "Get or make a model": (pull, export, train),
         "Compile it": (build_engine, verify),
-        "Judge it": (eval_,),
+        "Judge it": (eval_, bench),
         "Around it": (embed, info),
     }.items():
         for command in commands:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .clip import ClipConfig, build_clip, load_clip
     from .losses import LossWeights
     from .model import TCL, ImageFeatures, TCLConfig
-    from .torch_backend import TorchBackend, open_torch_backend, torch_contender
+    from .torch_backend import TorchBackend, open_torch_backend, random_torch_contender, torch_contender
 
 __all__ = [
     "TCL",
@@ -25,6 +25,7 @@ __all__ = [
     "load_clip",
     "load_model",
     "open_torch_backend",
+    "random_torch_contender",
     "save_checkpoint",
     "torch_contender",
 ]
@@ -42,6 +43,7 @@ _HOMES = {
     "save_checkpoint": "checkpoint",
     "TorchBackend": "torch_backend",
     "open_torch_backend": "torch_backend",
+    "random_torch_contender": "torch_backend",
     "torch_contender": "torch_backend",
 }
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from tclkit.calib import Contender
 from tclkit.runtime.backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
 from tclkit.runtime.bundle import Bundle
-from tclkit.runtime.errors import CheckpointError, InputError
+from tclkit.runtime.errors import CheckpointError, ConfigError, InputError
 from tclkit.runtime.files import sha256_from_file
 
 from .batches import images_to_tensor
 from .checkpoint import load_model
-from .model import TCL, kp_masks, mix_masks, normalize, similarity
+from .model import TCL, TCLConfig, kp_masks, mix_masks, normalize, similarity
 
 
 class TorchBackend:
@@ -124,6 +124,33 @@ def open_torch_backend(
                 found=found,
             )
     return TorchBackend(load_model(checkpoint, clip=clip), bundle, threads=threads)
+
+
+def random_torch_contender() -> Contender:
+    """The reference model with random weights as one more row of a benchmark of speed, `torch`: it needs no checkpoint.
+
+    Time does not depend on the weights; what it finds means nothing.
+    """
+    return Contender(name="torch", identity="random weights", open=open_random_torch_backend)
+
+
+def open_random_torch_backend(bundle: Bundle, threads: int | None = None) -> TorchBackend:
+    """Build the model a bundle was exported from, of the sizes that bundle.json's provenance states, untrained.
+
+    Raises:
+        CheckpointError: the provenance states no sizes, or none that make a model.
+    """
+    config = bundle.manifest.provenance.get("configs", {}).get("model")
+    try:
+        if config is None:
+            raise ConfigError("there is no provenance.configs.model.")
+        model = TCL(TCLConfig.from_dict(config))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(
+            f"bundle.json of {bundle.name} does not say what model it was exported from: {error} Export it again: "
+            "tclkit export CHECKPOINT -o FOLDER",
+        ) from error
+    return TorchBackend(model, bundle, threads=threads)
 
 
 def _clip_identity(clip: str | Path | None) -> str:

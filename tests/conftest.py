@@ -61,6 +61,12 @@ def mini() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def made_up() -> ModuleType:
+    """The module tests/calib/bench_made_up.py: `made_up.made_up_row`, `made_up.made_up_result`."""
+    return shared_module("tclkit_tests_bench_made_up", "calib/bench_made_up.py")
+
+
+@pytest.fixture(scope="session")
 def class_bundle_folder(tiny: ModuleType, mini: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle that calls its eight colours by names of classes of the benchmarks; for reading only."""
     with pytest.MonkeyPatch.context() as patch:

@@ -29,6 +29,8 @@ OPTIONS = {
     "eval": "--benchmark -b --data --names --model -m --backend --precision --compare --torch --clip --pamr "
     "--threshold --kp --limit --workers --loaders --rank --world-size --windows --flip --scales --contrast --output -o "
     "--pictures --no-pictures --classes --json --debug",
+    "bench": "--model -m --backend --precision --prompts --size --batch --against --image --rounds --warm-up --threads "
+    "--seed --memory --no-memory --output -o --json --debug",
     "data": "",
     "data prepare": "name --root --source --check --json --debug",
     "data world": "--output -o --scenes --per-shard --size --seed --colours --labelled --json --debug",

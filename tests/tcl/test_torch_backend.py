@@ -15,6 +15,7 @@ from tclkit.runtime.errors import CheckpointError, InputError
 from tclkit.runtime.files import sha256_from_file
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.tcl import TCL, ClipConfig, TCLConfig, TorchBackend, open_torch_backend, save_checkpoint, torch_contender
+from tclkit.tcl.torch_backend import open_random_torch_backend, random_torch_contender
 
 TOKEN_IDS = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [9, 8, 7, 6]], np.int64)
 Exported = tuple[Path, Bundle]
@@ -167,3 +168,28 @@ def test_a_contender_travels_to_worker_processes(plain: Exported) -> None:
     contender = pickle.loads(pickle.dumps(torch_contender(os.fspath(checkpoint))))
     assert contender.name == "torch"
     assert contender.open(bundle, None).name == "torch"
+
+
+def test_random_weights_need_no_checkpoint(plain: Exported) -> None:
+    """The model has the sizes of the one that was exported, and runs."""
+    model, bundle = small_model(), plain[1]
+    configs = {"configs": {"model": model.config.to_dict()}}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, provenance=configs))
+    opener = pickle.loads(pickle.dumps(random_torch_contender())).open  # benchmarks send it to processes
+    backend = opener(bundle, threads=None)
+    assert (backend.name, backend.precision) == ("torch", "fp32")
+    features = backend.image_features(np.zeros((2, 32, 64, 3), np.uint8))
+    assert features.grounded.shape == (2, 16, 4, 8)
+    text = backend.encode_text(TOKEN_IDS)
+    assert backend.masks(features, text, 0.3).shape == (2, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{}, {"configs": {}}, {"configs": {"model": {"clip": {"width": 1}}}}, {"configs": {"model": 3}}],
+    ids=str,
+)
+def test_random_weights_need_the_sizes(plain: Exported, provenance: dict[str, object]) -> None:
+    bundle = replace(plain[1], manifest=replace(plain[1].manifest, provenance=provenance))
+    with pytest.raises(CheckpointError, match=r"does not say what model it was exported from: .* tclkit export"):
+        open_random_torch_backend(bundle)
