@@ -28,6 +28,7 @@ from .manifest import RUN_PRECISIONS, graph_precision
 CPU_RECORD_SCHEMA_VERSION = 1
 CPU_RECORDS_FOLDER = f"{ENGINES_FOLDER}/openvino"
 PREFERRED_CPU_PRECISIONS = ("int8", "bf16", "fp32")
+GATE_FIGURES = ("label_agreement", "mask_iou", "features_cosine")
 _CPUINFO = Path("/proc/cpuinfo")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEXTS = ("precision", "graph_sha256", "openvino_version", "processor", "flags_sha256", "system")
@@ -83,6 +84,10 @@ class CpuRecord:
             ("precision", f"one of {', '.join(RUN_PRECISIONS)}", self.precision in RUN_PRECISIONS),
             ("graph_sha256", "64 lower-case hexadecimal digits", _SHA256.fullmatch(self.graph_sha256) is not None),
             ("flags_sha256", "64 lower-case hexadecimal digits", _SHA256.fullmatch(self.flags_sha256) is not None),
+        ]
+        rules += [
+            ("thresholds", "those of the gate", set(self.thresholds) == set(GATE_FIGURES)),
+            ("figures", "those of the gate", set(self.figures) == set(GATE_FIGURES)),
         ]
         for key, expected, fits in rules:
             if not fits:

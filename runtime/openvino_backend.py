@@ -78,7 +78,8 @@ class OpenVinoBackend:
         self._bundle = bundle
         self._core = import_openvino().Core()
         self.identity = cpu_identity(self._core)
-        self.float_type = _float_type(self._core, precision)
+        check_cpu_precision(self._core, precision)
+        self.float_type = "bf16" if _has_bf16(self._core) and precision != "fp32" else "f32"
         self._image_files = _image_files(bundle, precision)
         self.threads = threads or _usable_cpus()
         self.precision = precision
@@ -300,11 +301,15 @@ def _without_telemetry() -> Iterator[None]:
         del sys.modules[_TELEMETRY]
 
 
-def _float_type(core: Any, precision: str) -> str:
-    """OpenVINO's name of the type that the image graph's floats are computed in.
+def check_cpu_precision(core: Any, precision: str) -> None:
+    """Refuse a precision that OpenVINO does not compute in on this processor.
+
+    Args:
+        core: an `openvino.Core`.
+        precision: of the image graphs.
 
     Raises:
-        BackendError: it cannot compute in that precision here.
+        BackendError: names what can be had instead.
     """
     if precision == "fp16":
         message = "OpenVINO computes fp16 graphs in fp32 on a CPU: no faster, and less exact"
@@ -315,7 +320,6 @@ def _float_type(core: Any, precision: str) -> str:
         processor = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         message = f"this processor ({processor}) has no bfloat16 instructions (AVX512_BF16 or AMX)"
         raise BackendError(f"{message}. Take --precision int8 or fp32", precision=precision)
-    return "bf16" if _has_bf16(core) and precision != "fp32" else "f32"
 
 
 def _has_bf16(core: Any) -> bool:
