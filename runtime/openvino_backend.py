@@ -11,6 +11,7 @@ One image is run by a model of that very shape, which is up to a sixth quicker; 
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _FEATURES = ("grounded", "kp")
 _ANY_BATCH = 0
 _TELEMETRY = "openvino_telemetry"
 _LONGEST_REASON = 300
+_log = logging.getLogger(__name__)
 
 
 class OpenVinoBackend:
@@ -98,16 +100,18 @@ class OpenVinoBackend:
 
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`."""
-        width = self._bundle.manifest.model.embed_dim
+        width, scale = self._bundle.manifest.model.embed_dim, self._bundle.manifest.model.mask_scale
         check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
         check_array("text embeddings", text_ND, np.float32, ("N", width))
         check_kp_w(self._bundle, kp_w)
+        batch, _, rows, columns = features.grounded.shape
         feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
-        if self._bundle.manifest.has_kp:
-            check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
+        if (
+            self._bundle.manifest.has_kp
+        ):  # to the number: OpenVINO computes with grids that do not fit, and says nothing
+            check_array("KP features", features.kp, np.float32, (batch, width, rows // scale, columns // scale))
             feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
-        batch, _, height, grid_width = features.grounded.shape
-        masks = np.empty((batch, len(text_ND), height, grid_width), np.float32)
+        masks = np.empty((batch, len(text_ND), rows, columns), np.float32)
         model = self._model(self._bundle.manifest.masks, list(feeds), ["masks"])
         return self._run(model, feeds, {"masks": masks})["masks"]
 
@@ -182,7 +186,8 @@ class OpenVinoBackend:
         tensor = openvino.Tensor(content, shared_memory=True)
         try:
             return _Model(self._core.import_model(tensor, "CPU", self._properties(key.hint)), tensor)
-        except RuntimeError:  # whole, and yet not what this OpenVINO reads: the graph is there to compile
+        except RuntimeError as error:  # whole, and yet not what this OpenVINO reads: the graph is there to compile
+            _log.warning("%s cannot be read (%s): the graph is compiled anew", key.path, _reason(error))
             drop_compiled(key)
             return None
 
@@ -222,8 +227,8 @@ class _Model:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._content = content  # an imported model computes with the weights in it; it has to go last
-        self.inputs = [one.get_any_name() for one in compiled.inputs]
-        self.outputs = [one.get_any_name() for one in compiled.outputs]
+        self.inputs = [one.get_names() for one in compiled.inputs]
+        self.outputs = [one.get_names() for one in compiled.outputs]  # after fusion one tensor may have several names
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         import openvino
@@ -370,10 +375,11 @@ def _usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _check_interface(path: str, what: str, found: Sequence[str], expected: Sequence[str]) -> None:
-    if set(found) != set(expected):
+def _check_interface(path: str, what: str, found: Sequence[set[str]], expected: Sequence[str]) -> None:
+    if len(found) != len(expected) or not all(any(name in names for names in found) for name in expected):
+        shown = ", ".join(sorted("/".join(sorted(names)) for names in found))
         raise BundleError(
-            f"{path} should have the {what} {', '.join(sorted(expected))}, found {', '.join(sorted(found))}. "
+            f"{path} should have the {what} {', '.join(sorted(expected))}, found {shown}. "
             "Export the bundle again: tclkit export CHECKPOINT -o FOLDER",
             file=path,
         )

@@ -43,7 +43,7 @@ def test_one_image(invoke: Invoke, scene: Path) -> None:
 
 
 def test_json_says_all_and_writes_nothing(invoke: Invoke, scene: Path) -> None:
-    result = invoke("segment", scene, "red", "blue", "--kp", "0", "--json")
+    result = invoke("segment", scene, "red", "blue", "--kp", "0", "--json", "--backend", "onnxruntime")
     assert (result.exit_code, result.stderr) == (0, "")
     found = document(result)
     assert found["model"] == "tiny"
@@ -229,7 +229,7 @@ def test_ctrl_c_is_one_line(scene: Path) -> None:
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tclkit.cli import run; run()"
     )
-    command = [sys.executable, "-c", program, "segment", "-", "red", "--debug"]
+    command = [sys.executable, "-c", program, "segment", "-", "red", "--debug", "--backend", "onnxruntime"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
