@@ -3,8 +3,8 @@
 Precision is never OpenVINO's choice: left alone it computes in bfloat16 on every processor that can, so the type is set
 for each graph. The image graph runs in "fp32", in "bf16" (the float32 graph, where the processor has bfloat16) or in
 "int8" (the graph with Q/DQ pairs, the rest of it in bfloat16 where there is some, else in float32). The masks and text
-graphs run in float32 always: embeddings are cached for every backend alike. "fp16" is refused: OpenVINO's CPU device
-computes that graph in float32, so that it would be the same speed and fewer digits.
+graphs run in float32 always: embeddings are cached for every backend alike. "fp16" is refused: told to compute that
+graph in half precision, OpenVINO 2026.4 took bfloat16 without a word on a processor that has no half precision.
 
 One image is run by a model of that very shape, which is up to a sixth quicker; batches by one that takes any number.
 """
@@ -317,7 +317,7 @@ def check_cpu_precision(core: Any, precision: str) -> None:
         BackendError: names what can be had instead.
     """
     if precision == "fp16":
-        message = "OpenVINO computes fp16 graphs in fp32 on a CPU: no faster, and less exact"
+        message = "OpenVINO computes fp16 graphs on a CPU in fp32 or bf16, not in fp16"
         raise BackendError(f"{message}. Take --precision bf16, int8 or fp32", precision=precision)
     if precision not in CPU_PRECISIONS:
         raise BackendError(f"OpenVINO runs in {', '.join(CPU_PRECISIONS)}, not in {precision!r}", precision=precision)

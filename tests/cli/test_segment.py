@@ -224,6 +224,19 @@ def test_words_outside_a_small_world_are_announced(
     assert document(result)["prompts"] == ["a red circle", "a dog"]
 
 
+@pytest.mark.parametrize("options", [("--exact",), ("--exact", "--precision", "fp32")])
+@pytest.mark.parametrize("backend", ["auto", "openvino", "onnxruntime"])
+def test_exact_is_float32(invoke: Invoke, scene: Path, backend: str, options: tuple[str, ...]) -> None:
+    result = invoke("segment", scene, "red", "--json", "--backend", backend, *options)
+    assert document(result)["precision"] == "fp32"
+
+
+def test_exact_is_no_other_precision(invoke: Invoke, scene: Path) -> None:
+    result = invoke("segment", scene, "red", "--exact", "--precision", "int8")
+    assert result.exit_code == 2
+    assert "--exact is float32, --precision asks for int8" in result.stderr
+
+
 def test_ctrl_c_is_one_line(scene: Path) -> None:
     # A shell's background job, as CI may be, inherits that SIGINT is ignored: here it must arrive.
     program = (

@@ -119,7 +119,7 @@ class Core:
     ("precision", "message"),
     [
         ("bf16", r"this processor \(Old CPU\) has no bfloat16 instructions .*Take --precision int8 or fp32"),
-        ("fp16", "OpenVINO computes fp16 graphs in fp32 on a CPU: .*Take --precision bf16"),
+        ("fp16", "OpenVINO computes fp16 graphs on a CPU in fp32 or bf16, not in fp16.*Take --precision bf16"),
         ("int4", "OpenVINO runs in fp32, bf16, int8, not in 'int4'"),
     ],
 )
