@@ -20,7 +20,7 @@ import numpy as np
 
 from tclkit.runtime.backends import Backend
 from tclkit.runtime.errors import InputError, TclkitError
-from tclkit.runtime.manifest import PRECISIONS
+from tclkit.runtime.manifest import RUN_PRECISIONS
 from tclkit.runtime.segmenter import Segmenter
 
 from .datasets import Dataset, Example
@@ -85,7 +85,7 @@ class EvaluationSettings:
         if not self.precisions or len(set(self.precisions)) != len(self.precisions):
             raise InputError(f"precisions should be one or more different ones, got {', '.join(self.precisions)}")
         names = [contender.name for contender in self.contenders]
-        if len({*names, *PRECISIONS}) != len(names) + len(PRECISIONS):
+        if len({*names, *RUN_PRECISIONS}) != len(names) + len(RUN_PRECISIONS):
             raise InputError(f"contenders should have different names, and none of a precision, got {', '.join(names)}")
         for name in ("limit", "windows_per_run", "threads"):
             value = getattr(self, name)

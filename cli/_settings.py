@@ -22,6 +22,7 @@ class PrecisionName(str, Enum):
     AUTO = "auto"
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
 
 
@@ -58,7 +59,7 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="NAME",
-        help="Of the image graph: fp32, fp16 or int8. Auto takes the fastest with an engine built here, else fp32.",
+        help="Of the image graph: fp32, fp16, bf16 or int8. Auto takes the fastest that was built here, else fp32.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on standard output.")]

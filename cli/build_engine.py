@@ -1,4 +1,4 @@
-"""`tclkit build-engine`: graphs in FP16 or INT8, and TensorRT engines of them, past the gate or not at all."""
+"""`tclkit build-engine`: graphs in FP16, BF16 or INT8, compiled for this device, past the gate or not at all."""
 
 import shlex
 from dataclasses import asdict
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 EXIT_NO_TENSORRT = 3
 
 
+class DeviceName(str, Enum):
+    """Values of --device."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+
+
 class RangeMethod(str, Enum):
     """Values of --ranges."""
 
@@ -44,7 +51,11 @@ def build_engine(
         bool,
         typer.Option("--int8", help="8 bits, half precision elsewhere; a new graph needs --calibration."),
     ] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Engines in single precision.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The float32 graph in bfloat16; with --device cpu.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision; nothing is prepared.")] = False,
+    device: Annotated[
+        DeviceName, typer.Option("--device", metavar="NAME", help="gpu: TensorRT. cpu: OpenVINO on this processor.")
+    ] = DeviceName.GPU,
     calibration: CalibrationOption = None,
     calibration_images: Annotated[
         int, typer.Option("--calibration-images", metavar="N", min=2, help="How many of them to calibrate on.")
@@ -76,16 +87,18 @@ def build_engine(
             "--min-agreement",
             metavar="X",
             callback=fraction,
-            help="Least share of cells labelled alike (FP16 0.995, INT8 0.97).",
+            help="Least share of cells labelled alike (FP16, BF16 0.995, INT8 0.97).",
         ),
     ] = None,
     min_iou: Annotated[
         float | None,
-        typer.Option("--min-iou", metavar="X", callback=fraction, help="Least mean IoU (FP16 0.98, INT8 0.9)."),
+        typer.Option("--min-iou", metavar="X", callback=fraction, help="Least mean IoU (FP16, BF16 0.98, INT8 0.9)."),
     ] = None,
     min_cosine: Annotated[
         float | None,
-        typer.Option("--min-cosine", metavar="X", callback=fraction, help="Least cosine (FP16 0.999, INT8 0.98)."),
+        typer.Option(
+            "--min-cosine", metavar="X", callback=fraction, help="Least cosine (FP16, BF16 0.999, INT8 0.98)."
+        ),
     ] = None,
     sizes: Annotated[
         list[str] | None,
@@ -123,10 +136,10 @@ def build_engine(
 ) -> None:
     """Compile a model for this device, and refuse what differs too much from the original.
 
-    Without TensorRT the graphs are prepared and judged, and the exit code is 3: copy the bundle to the device and run
-    the same command there.
+    Without TensorRT (or, for the CPU, OpenVINO) the graphs are prepared and judged, and the exit code is 3: copy the
+    bundle to the device and run the same command there.
     """
-    precision = _precision(fp16=fp16, int8=int8, fp32=fp32)
+    precision = _precision(device, fp16=fp16, int8=int8, bf16=bf16, fp32=fp32)
     if decoder_only and auto:
         raise typer.BadParameter("choose one of the two", param_hint="--decoder-only / --auto")
     if no_smoothing and smoothing is not None:
@@ -140,6 +153,7 @@ def build_engine(
 
     config = BuildConfig(
         precision=precision,
+        device=device.value,
         tier="auto" if auto else "decoder-only" if decoder_only else "all",
         calibration=calibration,
         calibration_images=calibration_images,
@@ -167,14 +181,20 @@ def build_engine(
     else:
         _show(result)
     if result.missing is not None:
-        say(f"no engine was built: {result.missing}. Copy {result.bundle} to the device and run the same command there")
+        what = "nothing was compiled" if device is DeviceName.CPU else "no engine was built"
+        say(f"{what}: {result.missing}. Copy {result.bundle} to the device and run the same command there")
         raise typer.Exit(EXIT_NO_TENSORRT)
 
 
-def _precision(*, fp16: bool, int8: bool, fp32: bool) -> Literal["fp32", "fp16", "int8"]:
-    if fp16 + int8 + fp32 != 1:
-        raise typer.BadParameter("choose one of the three", param_hint="--fp16 / --int8 / --fp32")
-    return "fp16" if fp16 else "int8" if int8 else "fp32"
+def _precision(device: DeviceName, **wanted: bool) -> Literal["fp32", "fp16", "bf16", "int8"]:
+    named = [name for name in ("fp32", "fp16", "bf16", "int8") if wanted[name]]
+    if len(named) != 1:
+        raise typer.BadParameter("choose one of the four", param_hint="--fp16 / --int8 / --bf16 / --fp32")
+    if device is DeviceName.GPU and named == ["bf16"]:
+        raise typer.BadParameter("is for processors: add --device cpu, or take --fp16", param_hint="--bf16")
+    if device is DeviceName.CPU and named == ["fp16"]:
+        raise typer.BadParameter("no processor computes in it: take --bf16 or --int8", param_hint="--fp16")
+    return named[0]  # type: ignore[return-value]  # one of the four by its making
 
 
 def _thresholds(
@@ -193,6 +213,8 @@ def _thresholds(
 
 
 def _show(result: "BuildResult") -> None:
+    from tclkit.runtime.files import cache_folder
+
     if result.verdicts:
         show_verdicts(result.verdicts, title=f"Against {result.verdicts[0].against}")
     for graph in result.graphs:
@@ -204,6 +226,8 @@ def _show(result: "BuildResult") -> None:
             _show_search(graph.sensitivities)
     for build in result.engines:
         say(f"engine   {build.file} ({size_text(build.record.size_bytes)}, {build.record.build_s:.0f} s)")
+    for record in result.records:
+        say(f"compiled {record.name} for {record.identity}; kept in {cache_folder() / 'openvino'}")
     if result.verdicts:
         say(f"bundle   {result.bundle}")
         say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}")
@@ -222,5 +246,6 @@ def _document(result: "BuildResult") -> dict[str, Any]:
         "verdicts": [asdict(verdict) | {"passed": verdict.passed} for verdict in result.verdicts],
         "graphs": [graph.describe() for graph in result.graphs],
         "engines": [asdict(build) for build in result.engines],
+        "records": [asdict(record) for record in result.records],
         "missing": result.missing,
     }

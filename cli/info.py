@@ -10,6 +10,7 @@ from ._settings import JsonOption
 
 if TYPE_CHECKING:
     from tclkit.runtime import Bundle, DeviceIdentity
+    from tclkit.runtime.cpu_records import CpuIdentity
 
 _PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -17,6 +18,7 @@ _PACKAGES = {
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
     "pillow": ("pillow",),
     "tokenizers": ("tokenizers",),
+    "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "cuda-python": ("cuda-python", "cuda-bindings"),
     "torch": ("torch",),
@@ -71,6 +73,7 @@ def _models() -> list[dict[str, Any]]:
             "image_sizes": [f"{image.height}x{image.width}" for image in bundle.manifest.images],
             "precisions": sorted({precision for image in bundle.manifest.images for precision in image.files}),
             "engines": _engines(bundle),
+            "on_cpu": _on_cpu(bundle),
             "description": bundle.manifest.description,
         }
         for bundle in list_bundles()
@@ -101,6 +104,39 @@ def _engines(bundle: "Bundle") -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _on_cpu(bundle: "Bundle") -> list[dict[str, Any]]:
+    """What passed the gate on some processor, and whether it counts here; `why_not` is empty for what does."""
+    from tclkit.runtime.cpu_records import cpu_misfit, read_cpu_records
+
+    found = []
+    for record in read_cpu_records(bundle):
+        cpu = _cpu()  # OpenVINO is loaded only where there are records
+        why_not = cpu if isinstance(cpu, str) else cpu_misfit(bundle, record, cpu)
+        found.append(
+            {
+                "precision": record.precision,
+                "image_size": f"{record.height}x{record.width}",
+                "judged_by": str(record.identity),
+                "label_agreement": record.figures["label_agreement"],
+                "fits": not why_not,
+                "why_not": why_not,
+            }
+        )
+    return found
+
+
+def _cpu() -> "CpuIdentity | str":
+    """This processor as OpenVINO sees it, or why it does not."""
+    from tclkit.runtime import BackendError
+    from tclkit.runtime.cpu_records import cpu_identity
+    from tclkit.runtime.openvino_backend import import_openvino
+
+    try:
+        return cpu_identity(import_openvino().Core())
+    except BackendError as error:
+        return error.message
 
 
 def _device() -> "DeviceIdentity | str":
@@ -154,6 +190,12 @@ def _print(found: dict[str, Any]) -> None:
             state = "fits this machine" if engine["fits"] else plain(engine["why_not"])
             limits = (str(engine["max_batch"]), str(engine["max_prompts"]) if engine["graph"] == "masks" else "-")
             engines.add_row(plain(engine["file"]), plain(model["name"]), plain(engine["built_by"]), *limits, state)
+    on_cpu = table("on a processor", "model", "images", "judged by", "agreement", "state", title="Built for processors")
+    for model in found["models"]:
+        for built in model["on_cpu"]:
+            state = "fits this machine" if built["fits"] else plain(built["why_not"])
+            figures = (built["image_size"], plain(built["judged_by"]), f"{built['label_agreement']:.4f}")
+            on_cpu.add_row(built["precision"], plain(model["name"]), *figures, state)
     backends = table("backend", "version", "state", title="Backends")
     for backend in found["backends"]:
         state = "ready" if backend["available"] else plain(backend["remedy"])
@@ -164,5 +206,12 @@ def _print(found: dict[str, Any]) -> None:
     folders = table("folder", "size", "path", right=("size",), title="Folders")
     for name, folder in found["folders"].items():
         folders.add_row(name, size_text(folder["size_bytes"]), plain(folder["path"]))
-    for part in (models, *([engines] if engines.rows else []), backends, versions, folders):
+    for part in (
+        models,
+        *([engines] if engines.rows else []),
+        *([on_cpu] if on_cpu.rows else []),
+        backends,
+        versions,
+        folders,
+    ):
         console.print(part)

@@ -60,6 +60,9 @@ def segment(
     model: ModelOption = DEFAULT_MODEL,
     backend: BackendOption = BackendName.AUTO,
     precision: PrecisionOption = PrecisionName.AUTO,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compute in float32, whatever was built; the same as --precision fp32.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +115,7 @@ def segment(
 ) -> None:
     """Colour the pixels of IMAGE that each PROMPT names."""
     _check_usage(prompts, bank, threshold, background)
+    precision = _exact_or(precision) if exact else precision
     sources, many = find_sources(image), stands_for_many(image)
     wanted = output is not None or not json_output
     overlays = plan_overlays(sources, output, many=many) if wanted else [None] * len(sources)
@@ -142,6 +146,13 @@ def _check_usage(prompts: list[str] | None, bank: Path | None, threshold: float 
         raise typer.BadParameter("PROMPT and --bank exclude each other")
     if threshold is not None and not background:
         raise typer.BadParameter("--threshold and --no-background exclude each other")
+
+
+def _exact_or(precision: PrecisionName) -> PrecisionName:
+    """float32, where no other precision is asked for beside --exact."""
+    if precision not in (PrecisionName.AUTO, PrecisionName.FP32):
+        raise typer.BadParameter(f"--exact is float32, --precision asks for {precision.value}")
+    return PrecisionName.FP32
 
 
 def _opened(

@@ -1,4 +1,6 @@
-"""`tclkit build-engine`: a bundle gets graphs of another precision, and on a machine with TensorRT engines of them.
+"""`tclkit build-engine`: a bundle gets graphs of another precision, and what a device makes of them.
+
+On a GPU that is TensorRT's engines; on a processor, the gate's word that OpenVINO may compute them in that precision.
 
 Nothing degraded ships: every graph and every engine passes the gate before the bundle changes, and the bundle changes
 as a whole. A bundle that ships inside the package is copied to the models folder first. No torch: devices run this.
@@ -20,16 +22,25 @@ from numpy.typing import NDArray
 
 from tclkit import runtime
 from tclkit.runtime.bundle import MANIFEST_NAME, Bundle, open_bundle, write_manifest
+from tclkit.runtime.cpu_records import CpuRecord
 from tclkit.runtime.engines import current_device
 from tclkit.runtime.errors import BundleError, ConfigError, InputError
 from tclkit.runtime.files import atomic_file, cache_folder, models_folder
-from tclkit.runtime.manifest import ImageEntry
+from tclkit.runtime.manifest import ImageEntry, graph_precision
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 from .bundle_folder import link_bundle, new_folder, require_replaceable, write_errors
+from .cpu_build import (
+    cpu_backend,
+    keep_compiled,
+    missing_for_cpu,
+    record_verdict,
+    remove_outdated_records,
+    require_cpu_precision,
+)
 from .engine_build import EngineBuild, build_engines, engine_backend, missing_for_engines, remove_outdated_engines
 from .engine_builder import EngineOptions
-from .gate_inputs import embedded_prompts, gate_on, sample_batches
+from .gate_inputs import embedded_prompts, gate_on, kept_thresholds, sample_batches
 from .gates import THRESHOLDS, Gate, GateFigures, GateThresholds, Judged, Verdict, require_parity
 from .graph_runner import GraphRunner
 from .precision import PrecisionConfig, PreparedGraph, prepare_graph
@@ -39,13 +50,15 @@ BuildProgress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 _SEARCH_IMAGES = 8
+_PRECISIONS_OF = {"gpu": ("fp32", "fp16", "int8"), "cpu": ("fp32", "bf16", "int8")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """What to build.
 
-    precision: "fp32" (engine only), "fp16" or "int8".
+    precision: "fp32" (no graph is made), "fp16", "int8", or on the CPU "bf16" (the float32 graph in bfloat16).
+    device: "gpu" for engines of TensorRT, "cpu" for OpenVINO on this processor.
     tier: of INT8: "all" layers, "decoder-only" (the transformer in half precision), or "auto", the most that passes.
     calibration: a folder, glob, video, shards or list of images; INT8 needs it, FP16 takes the sample scenes without.
     calibration_images, seed: how many of them, and which.
@@ -58,7 +71,8 @@ class BuildConfig:
     engine: options of TensorRT's builder.
     """
 
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    device: Literal["gpu", "cpu"] = "gpu"
     tier: Literal["all", "decoder-only", "auto"] = "all"
     calibration: str | None = None
     calibration_images: int = 256
@@ -74,9 +88,12 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if self.precision not in THRESHOLDS:
             raise ConfigError(f"precision is {self.precision!r}; choose {', '.join(THRESHOLDS)}", key="precision")
+        if self.precision not in _PRECISIONS_OF[self.device]:
+            have = ", ".join(_PRECISIONS_OF[self.device])
+            raise ConfigError(f"on the {self.device} there is {have}, but not {self.precision}", key="precision")
         if self.tier != "all" and self.precision != "int8":
             raise ConfigError(f"{self.tier} chooses layers for INT8, but the precision is {self.precision}", key="tier")
-        if self.precision == "fp32" and self.prepare_only:
+        if graph_precision(self.precision) == "fp32" and self.prepare_only:
             raise ConfigError("the float32 graph is in every bundle: there is nothing to prepare", key="prepare_only")
         if self.smoothing is not None and not 0 <= self.smoothing <= 1:
             raise ConfigError(f"smoothing is {self.smoothing}; a strength is in 0..1", key="smoothing")
@@ -87,13 +104,15 @@ class BuildResult:
     """What a build left behind.
 
     bundle: the bundle's folder. verdicts: of every graph and engine. graphs: those prepared now.
-    engines: those built now. missing: why no engine was built although one was wanted; None otherwise.
+    engines: those built now. records: of what may be computed on this processor from now on.
+    missing: why nothing was compiled although it was wanted; None otherwise.
     """
 
     bundle: Path
     verdicts: Sequence[Verdict]
     graphs: Sequence[PreparedGraph]
     engines: Sequence[EngineBuild]
+    records: Sequence[CpuRecord]
     missing: str | None
 
 
@@ -107,7 +126,7 @@ def build_engine(
     """Give a bundle graphs of a precision, and engines where TensorRT is.
 
     A graph that the bundle holds already (prepared on another machine) is taken as it is when no calibration images are
-    given; the engine is then judged against that graph.
+    given; an engine is then judged against that graph, what OpenVINO makes of it against the float32 one.
 
     Args:
         model: name or folder of a bundle.
@@ -121,18 +140,21 @@ def build_engine(
         InputError: calibration images are missing or cannot be used, or a size the bundle does not have.
         ParityError: an artefact is below the gate; the bundle is as it was.
         BuildError: TensorRT could not build an engine.
+        BackendError: the processor does not compute in this precision, or OpenVINO cannot compile the graph.
     """
     source = open_bundle(model)
     target = _target(source, output)
     entries = _entries(source, config)
-    missing = None if config.prepare_only else missing_for_engines()
-    if missing is not None and config.precision == "fp32":
-        return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), missing=missing)
+    missing = None if config.prepare_only else _missing(config)
+    compiles = not config.prepare_only and missing is None
+    if missing is not None and graph_precision(config.precision) == "fp32":
+        return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), records=(), missing=missing)
     report = progress or _silent
-    most = None if config.prepare_only or missing is not None else config.engine.max_prompts
+    most = config.engine.max_prompts if compiles and config.device == "gpu" else None
     text_ND = embedded_prompts(source, config.prompts, most=most)
     graphs: list[PreparedGraph] = []
     engines: list[EngineBuild] = []
+    records: list[CpuRecord] = []
     verdicts: list[Verdict] = []
     with write_errors(target), new_folder(target) as folder:
         source = open_bundle(model, verify=False)  # as it is now that nobody else changes it
@@ -144,12 +166,21 @@ def build_engine(
                 _install(folder, entry, graph)
                 graphs.append(graph)
             verdicts += work.judge_graph(folder, graph)
-            if not config.prepare_only and missing is None:
+            if compiles and config.device == "gpu":
                 builds, verdict = work.build_engines(folder)
                 engines += builds
                 verdicts.append(verdict)
+            elif compiles:
+                record, verdict = work.judge_on_cpu(folder)
+                records.append(record)
+                verdicts.append(verdict)
         remove_outdated_engines(open_bundle(folder, verify=False))
-    return BuildResult(bundle=target, verdicts=verdicts, graphs=graphs, engines=engines, missing=missing)
+        remove_outdated_records(open_bundle(folder, verify=False))
+    if records:
+        keep_compiled(open_bundle(target, verify=False), config.precision, [record.size for record in records])
+    return BuildResult(
+        bundle=target, verdicts=verdicts, graphs=graphs, engines=engines, records=records, missing=missing
+    )
 
 
 class _SizeWork:
@@ -176,8 +207,12 @@ class _SizeWork:
             self._select(config.calibration)
         reference: Judged = self._backend
         self._against = "the float32 graph"
-        if self._takes_own:  # it passed the gate where the images were; here the engine must give what it gives
+        if self._takes_own:
             self._announce_own_graph()
+        if self._takes_own and config.device == "cpu":  # OpenVINO rounds INT8 in other places than the emulation does
+            file = entry.files[config.precision]
+            self._thresholds = config.thresholds or kept_thresholds(bundle, config.precision, file)
+        elif self._takes_own:  # it passed the gate where the images were; here the engine must give what it gives
             reference = GraphRunner(onnx.load(bundle.path(entry.files[config.precision])), self._backend)
             self._thresholds = config.thresholds or THRESHOLDS["fp16"]
             self._against = "its own graph"
@@ -230,9 +265,9 @@ class _SizeWork:
         self._content_hash, self.description = chosen.content_hash, chosen.describe()
 
     def prepare(self) -> PreparedGraph | None:
-        """The graph to install; None when the bundle's own is taken, or float32 is wanted."""
+        """The graph to install; None when the bundle's own is taken, or the float32 graph is what is compiled."""
         config = self._config
-        if config.precision == "fp32" or self._takes_own:
+        if config.precision == "fp32" or config.precision == "bf16" or self._takes_own:
             return None
         return prepare_graph(
             onnx.load(self._bundle.path(self.entry.files["fp32"])),
@@ -281,6 +316,14 @@ class _SizeWork:
         with closing(engine_backend(staged, config.precision, [self.size])) as backend:
             return builds, self._verdict(backend, builds[0].file, backend.reason)
 
+    def judge_on_cpu(self, folder: Path) -> tuple[CpuRecord, Verdict]:
+        """Pass what OpenVINO computes on this processor through the gate, and record that it passed."""
+        staged, precision = open_bundle(folder, verify=False), self._config.precision
+        with closing(cpu_backend(staged, precision)) as backend:
+            name = f"image-{precision}-{_size_text(self.size)}"
+            verdict = self._verdict(backend, f"{name} in OpenVINO", backend.reason)
+            return record_verdict(staged, self.size, verdict, backend.identity), verdict
+
     def _verdict(self, judged: Judged, artefact: str, ran_on: str) -> Verdict:
         def done(count: int) -> None:
             self._report(f"gate of {artefact}", count, self._gate.images)
@@ -303,6 +346,20 @@ class _SizeWork:
             ran_on=ran_on,
             against=self._against,
         )
+
+
+def _missing(config: BuildConfig) -> str | None:
+    """Why nothing can be compiled here, as a sentence; None where it can.
+
+    Raises:
+        BackendError: the processor does not compute in this precision.
+    """
+    if config.device == "gpu":
+        return missing_for_engines()
+    missing = missing_for_cpu()
+    if missing is None:
+        require_cpu_precision(config.precision)
+    return missing
 
 
 def _with_timing_cache(options: EngineOptions) -> EngineOptions:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tclkit.runtime.bundle import ENGINES_FOLDER, MANIFEST_NAME, Bundle
+from tclkit.runtime.cpu_records import CPU_RECORDS_FOLDER, cpu_misfit, read_cpu_records
 from tclkit.runtime.engines import engine_misfit, read_engines
 from tclkit.runtime.errors import ExportError
 from tclkit.runtime.files import atomic_folder
@@ -82,13 +83,17 @@ def write_errors(out: Path) -> Iterator[None]:
 
 
 def link_bundle(bundle: Bundle, target: Path) -> None:
-    """Give a new folder the files that a bundle lists, and its engines, at no cost in space where links can be made."""
+    """Give a new folder the files that a bundle lists, and what was built of them, by links where links can be made."""
     listed = {name: bundle.path(name) for name in bundle.manifest.files}
     listed[MANIFEST_NAME] = bundle.folder / MANIFEST_NAME
     for engine in read_engines(bundle):
         if engine_misfit(bundle, engine, engine.record.device) is None:
             for path in (engine.path, engine.path.with_suffix(".json")):
                 listed[f"{ENGINES_FOLDER}/{path.name}"] = path
+    for record in read_cpu_records(bundle):
+        if not cpu_misfit(bundle, record, record.identity):
+            name = f"{CPU_RECORDS_FOLDER}/{record.name}.json"
+            listed[name] = bundle.folder / name
     for name, path in listed.items():
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

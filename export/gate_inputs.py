@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tclkit import runtime
 from tclkit.runtime.bundle import Bundle
-from tclkit.runtime.errors import InputError
+from tclkit.runtime.errors import BundleError, ConfigError, InputError
 from tclkit.runtime.images import load_image
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.preprocess import plan_fit
@@ -17,7 +17,7 @@ from tclkit.runtime.prompts import unknown_words
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.text_cache import TextCache
 
-from .gates import Gate, Judged
+from .gates import THRESHOLDS, Gate, GateThresholds, Judged
 
 _SAMPLES = Path(runtime.__file__).parent / "samples"
 
@@ -55,6 +55,20 @@ def gate_on(
         threshold=bundle.manifest.thresholds.background,
         progress=lambda done: report("reference", done, sum(map(len, images))),
     )
+
+
+def kept_thresholds(bundle: Bundle, precision: str, file: str) -> GateThresholds:
+    """Thresholds that a graph was built with, which bundle.json keeps; else those of its precision.
+
+    Raises:
+        BundleError: what it keeps are no thresholds.
+    """
+    kept = bundle.manifest.checks.get(precision, {}).get(file, {}).get("thresholds")
+    try:
+        return GateThresholds(**kept) if kept else THRESHOLDS[precision]
+    except (TypeError, ConfigError) as error:
+        message = f"bundle.json of {bundle.name} has no usable thresholds for {file} under 'checks' ({error})"
+        raise BundleError(f"{message}. Build it again: tclkit build-engine --{precision}", file=file) from error
 
 
 def embedded_prompts(bundle: Bundle, prompts: Sequence[str] | None, *, most: int | None) -> NDArray[np.float32]:

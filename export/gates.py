@@ -48,14 +48,17 @@ class GateThresholds:
 THRESHOLDS: Mapping[str, GateThresholds] = {
     "fp32": GateThresholds(label_agreement=0.999, mask_iou=0.995, features_cosine=0.9999),
     "fp16": GateThresholds(label_agreement=0.995, mask_iou=0.98, features_cosine=0.999),
+    "bf16": GateThresholds(label_agreement=0.995, mask_iou=0.98, features_cosine=0.999),
     "int8": GateThresholds(label_agreement=0.97, mask_iou=0.90, features_cosine=0.98),
 }
-"""By precision; the fp32 row judges engines, whose arithmetic differs from ONNX Runtime's."""
+"""By precision; the fp32 row judges engines and OpenVINO, whose arithmetic differs from ONNX Runtime's."""
 
 _REMEDIES = {
     "fp32": "Report it with the output of tclkit verify --report: an engine in float32 should be exact",
     "fp16": "Some values may be too large for half precision: give images of your own kind (--calibration FOLDER), so "
     "that the layers in question are found and stay in float32; or take --fp32",
+    "bf16": "bfloat16 keeps three digits at most, and this model needs more of them: take --fp32, or --int8, which may "
+    "lose less where the layers that matter stay out of it (--auto)",
     "int8": "Quantise less: --auto finds the most INT8 that passes, --decoder-only keeps the transformer in half "
     "precision; or calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512)",
     "int8 decoder-only": "Calibrate on more images of your own kind (--calibration FOLDER --calibration-images 512), "

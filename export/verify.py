@@ -1,4 +1,4 @@
-"""`tclkit verify`: the gate once more, on this machine, for every graph and engine of a bundle; and a report to paste.
+"""`tclkit verify`: the gate once more, on this machine, for all that a bundle may be run as; and a report to paste.
 
 What a bundle says of itself was measured where it was built. Here each artefact is run again, on the processor or the
 GPU at hand, against the float32 graph in ONNX Runtime.
@@ -17,13 +17,15 @@ from typing import Any
 import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
+from tclkit.runtime.cpu_records import CpuIdentity, cpu_misfit, read_cpu_records
 from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine, read_engines
-from tclkit.runtime.errors import BundleError, ConfigError, TclkitError
+from tclkit.runtime.errors import TclkitError
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
+from .cpu_build import cpu_backend, missing_for_cpu, this_cpu
 from .engine_build import engine_backend, missing_for_engines
-from .gate_inputs import embedded_prompts, gate_on, sample_batches
+from .gate_inputs import embedded_prompts, gate_on, kept_thresholds, sample_batches
 from .gates import THRESHOLDS, Gate, GateThresholds, Verdict
 from .graph_runner import GraphRunner
 
@@ -33,6 +35,7 @@ _PACKAGES = (
     "numpy",
     "onnx",
     "onnxruntime",
+    "openvino",
     "tensorrt",
     "polygraphy",
     "cuda-python",
@@ -109,7 +112,9 @@ def verify_bundle(
     prompts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Judge every graph and every engine of a bundle on this machine.
+    """Judge every graph and every engine of a bundle on this machine, and what OpenVINO computes on its processor.
+
+    OpenVINO is judged in float32, in which it needs no build, and in every precision that was built on this machine.
 
     Args:
         model: name or folder of a bundle; its files are compared with their hashes first.
@@ -131,13 +136,13 @@ def verify_bundle(
     verdicts: list[Verdict] = []
     problems: dict[str, str] = {}
     not_for_here: dict[str, str] = {}
-    device = _device()
+    device, cpu = _device(), _cpu()
     for entry in bundle.manifest.images:
         size = (entry.height, entry.width)
         batches = sample_batches(bundle, size) if calibration is None else _selected(bundle, size, calibration, images)
         gate = gate_on(bundle, backend, batches, text_ND, report)
         for precision, file in entry.files.items():
-            thresholds = _thresholds(bundle, precision, file)
+            thresholds = kept_thresholds(bundle, precision, file)
             if precision != "fp32":
                 runner = GraphRunner(onnx.load(bundle.path(file)), backend)
                 verdicts.append(_verdict(gate, runner, file, precision, thresholds, runner.name, report))
@@ -150,11 +155,18 @@ def verify_bundle(
                 not_for_here[name] = str(error)
             except TclkitError as error:  # an engine that should run here, and does not
                 problems[name] = error.message.replace(str(bundle.folder), bundle.name)
+        for precision in _cpu_precisions(bundle, size, cpu):
+            name = f"{precision} in OpenVINO {size[0]}x{size[1]}"
+            try:
+                verdicts.append(_cpu_verdict(bundle, size, precision, gate, report))
+            except TclkitError as error:
+                problems[name] = error.message.replace(str(bundle.folder), bundle.name)
     if isinstance(device, str):
         not_for_here["engines"] = device
+    not_for_here |= _cpu_misfits(bundle, cpu)
     return Verification(
         bundle={"name": bundle.name, "created": bundle.manifest.created, "tclkit": bundle.manifest.tclkit_version},
-        machine=_machine(device),
+        machine=_machine(device, cpu),
         images="sample scenes of tclkit" if calibration is None else f"{Path(calibration).name} ({images} asked for)",
         verdicts=verdicts,
         problems=problems,
@@ -188,25 +200,38 @@ def _engine_verdicts(
         yield _verdict(gate, backend, name, precision, thresholds, backend.reason, report)
 
 
+def _cpu_precisions(bundle: Bundle, size: tuple[int, int], cpu: CpuIdentity | str) -> list[str]:
+    """What OpenVINO is judged in: float32, and what was built here for this size."""
+    if isinstance(cpu, str):
+        return []
+    fitting = [
+        one.precision for one in read_cpu_records(bundle) if one.size == size and not cpu_misfit(bundle, one, cpu)
+    ]
+    return list(dict.fromkeys(["fp32", *fitting]))
+
+
+def _cpu_verdict(bundle: Bundle, size: tuple[int, int], precision: str, gate: Gate, report: Progress) -> Verdict:
+    kept = {(one.precision, one.size): one.thresholds for one in read_cpu_records(bundle)}.get((precision, size))
+    thresholds = GateThresholds(**kept) if kept else THRESHOLDS[precision]
+    with closing(cpu_backend(bundle, precision)) as backend:
+        name = f"image-{precision}-{size[0]}x{size[1]} in OpenVINO"
+        return _verdict(gate, backend, name, precision, thresholds, backend.reason, report)
+
+
+def _cpu_misfits(bundle: Bundle, cpu: CpuIdentity | str) -> dict[str, str]:
+    """What was built for a processor and says nothing here, with the reason."""
+    records = read_cpu_records(bundle)
+    if isinstance(cpu, str):
+        return {"processor": cpu} if records else {}
+    misfits = {f"{one.name} in OpenVINO": cpu_misfit(bundle, one, cpu) for one in records}
+    return {name: why for name, why in misfits.items() if why}
+
+
 def _verdict(
     gate: Gate, judged: Any, artefact: str, precision: str, thresholds: GateThresholds, ran_on: str, report: Progress
 ) -> Verdict:
     figures = gate.judge(judged, progress=lambda done: report(f"gate of {artefact}", done, gate.images))
     return Verdict(artefact=artefact, precision=precision, figures=figures, thresholds=thresholds, ran_on=ran_on)
-
-
-def _thresholds(bundle: Bundle, precision: str, file: str) -> GateThresholds:
-    """Those the graph was built with, which bundle.json keeps; else the precision's.
-
-    Raises:
-        BundleError: what it keeps are no thresholds.
-    """
-    kept = bundle.manifest.checks.get(precision, {}).get(file, {}).get("thresholds")
-    try:
-        return GateThresholds(**kept) if kept else THRESHOLDS[precision]
-    except (TypeError, ConfigError) as error:
-        message = f"bundle.json of {bundle.name} has no usable thresholds for {file} under 'checks' ({error})"
-        raise BundleError(f"{message}. Build it again: tclkit build-engine --{precision}", file=file) from error
 
 
 def _selected(bundle: Bundle, size: tuple[int, int], calibration: str, images: int) -> list[Any]:
@@ -230,7 +255,13 @@ def _device() -> DeviceIdentity | str:
     return current_device() if missing is None else missing
 
 
-def _machine(device: DeviceIdentity | str) -> dict[str, str]:
+def _cpu() -> CpuIdentity | str:
+    """The processor that OpenVINO would run on, or why it does not."""
+    missing = missing_for_cpu()
+    return this_cpu() if missing is None else missing
+
+
+def _machine(device: DeviceIdentity | str, cpu: CpuIdentity | str) -> dict[str, str]:
     versions = []
     for name in _PACKAGES:
         try:
@@ -241,6 +272,7 @@ def _machine(device: DeviceIdentity | str) -> dict[str, str]:
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "packages": ", ".join(versions),
         "device": str(device),
+        "processor": str(cpu),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backends import Backend, BackendStatus, Features, HostFeatures, available_backends, choose_backend
     from .bundle import Bundle, find_bundle, list_bundles, open_bundle, read_manifest, write_manifest
+    from .cpu_records import CpuIdentity, CpuRecord, cpu_misfit, fitting_precisions, read_cpu_records
     from .drawing import draw_overlay
     from .embedding import EmbeddedPrompts, embed_prompts
     from .engines import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .images import load_image
     from .manifest import FileRecord, ImageEntry, Manifest, ModelInfo, Preprocessing, Thresholds, Vocabulary
     from .onnxruntime_backend import OnnxRuntimeBackend
+    from .openvino_backend import OpenVinoBackend, open_openvino
     from .palette import label_colours
     from .pamr import refine_masks
     from .preprocess import FitPlan, plan_fit, rescaled_size, resize_image
@@ -65,6 +67,8 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "CpuIdentity",
+    "CpuRecord",
     "DeviceIdentity",
     "DownloadError",
     "EmbeddedPrompts",
@@ -84,6 +88,7 @@ __all__ = [
     "Manifest",
     "ModelInfo",
     "OnnxRuntimeBackend",
+    "OpenVinoBackend",
     "ParityError",
     "Preprocessing",
     "PromptSet",
@@ -104,6 +109,7 @@ __all__ = [
     "check_prompts",
     "choose_backend",
     "clean_text",
+    "cpu_misfit",
     "current_device",
     "draw_overlay",
     "embed_prompts",
@@ -112,13 +118,16 @@ __all__ = [
     "find_bundle",
     "find_engine",
     "find_engines",
+    "fitting_precisions",
     "label_colours",
     "list_bundles",
     "load_image",
     "load_prompt_bank",
     "open_bundle",
+    "open_openvino",
     "open_tensorrt",
     "plan_fit",
+    "read_cpu_records",
     "read_engines",
     "read_manifest",
     "refine_masks",
@@ -149,6 +158,13 @@ _HOMES = {
         "open_bundle",
         "read_manifest",
         "write_manifest",
+    ),
+    "cpu_records": (
+        "CpuIdentity",
+        "CpuRecord",
+        "cpu_misfit",
+        "fitting_precisions",
+        "read_cpu_records",
     ),
     "drawing": ("draw_overlay",),
     "embedding": (
@@ -193,6 +209,10 @@ _HOMES = {
         "Vocabulary",
     ),
     "onnxruntime_backend": ("OnnxRuntimeBackend",),
+    "openvino_backend": (
+        "OpenVinoBackend",
+        "open_openvino",
+    ),
     "palette": ("label_colours",),
     "pamr": ("refine_masks",),
     "preprocess": (

@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import BackendError, BundleError, EngineMismatchError, InputError
-from .manifest import PRECISIONS
+from .manifest import RUN_PRECISIONS
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """Precision of the image graphs: "fp32", "fp16" or "int8"."""
+        """Precision of the image graphs: "fp32", "fp16", "bf16" or "int8"."""
         ...
 
     @property
@@ -136,11 +136,13 @@ def choose_backend(name: str, bundle: Bundle, *, precision: str = "auto", thread
     """Open a backend on a bundle, and announce which one and why in the log.
 
     Args:
-        name: "auto" takes the best that can run this bundle here, else the backend's name. Where TensorRT is installed
-            but cannot run the bundle, because no engine was built here, say, the reason is logged as a warning.
+        name: "auto" takes the best that can run this bundle here, else the backend's name. Where TensorRT or OpenVINO
+            is installed but cannot run the bundle, because no engine was built here, say, the reason is logged as a
+            warning.
         bundle: what it is to run.
-        precision: "fp32", "fp16" or "int8", never replaced by another; "auto" takes with TensorRT the first of int8,
-            fp16 and fp32 that has an engine for every image size, with ONNX Runtime fp32.
+        precision: "fp32", "fp16", "bf16" or "int8", never replaced by another; "auto" takes with TensorRT the first of
+            int8, fp16 and fp32 that has an engine for every image size, with OpenVINO the first of int8 and bf16 that
+            passed the gate on this machine, else fp32, with ONNX Runtime fp32.
         threads: CPU threads of one operator; None takes every CPU this process may use.
 
     Raises:
@@ -155,8 +157,7 @@ def choose_backend(name: str, bundle: Bundle, *, precision: str = "auto", thread
         status = _status(name)
         if not status.available:
             raise BackendError(f"backend {name} cannot be used. {status.remedy}", backend=name)
-        opener = _open_tensorrt if name == "tensorrt" else _open_onnxruntime
-        backend = opener(bundle, precision, threads, "asked for")
+        backend = _OPENERS[name](bundle, precision, threads, "asked for")
     _log.info("backend %s for %s: %s", backend.name, bundle.name, backend.reason)
     return backend
 
@@ -209,68 +210,91 @@ def check_kp_w(bundle: Bundle, kp_w: float) -> None:
 
 
 _ORDER = ("tensorrt", "openvino", "onnxruntime")
-_IMPLEMENTED = ("tensorrt", "onnxruntime")
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
 }
-_TENSORRT_REMEDY = (
-    "It is not installed. Jetson: it comes with JetPack (apt install python3-libnvinfer; make the virtual environment "
-    "with --system-site-packages). Servers: pip install tensorrt. Or take --backend onnxruntime"
-)
+_TITLES = {"tensorrt": "TensorRT", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+_LAST = _ORDER[-1]
+_REMEDIES = {
+    "tensorrt": "It is not installed. Jetson: it comes with JetPack (apt install python3-libnvinfer; make the virtual "
+    "environment with --system-site-packages). Servers: pip install tensorrt. Or take --backend onnxruntime",
+    "openvino": 'It is not installed: pip install "tclkit[openvino]", or take --backend onnxruntime',
+    "onnxruntime": "It is not installed: pip install onnxruntime",
+}
 
 
 def _check_names(name: str, precision: str) -> None:
     if name not in ("auto", *_ORDER):
         raise BackendError(f"unknown backend {name!r}. Choose auto, {', '.join(_ORDER)}", backend=name)
-    if precision not in ("auto", *PRECISIONS):
-        message = f"unknown precision {precision!r}. Choose auto, {', '.join(PRECISIONS)}"
+    if precision not in ("auto", *RUN_PRECISIONS):
+        message = f"unknown precision {precision!r}. Choose auto, {', '.join(RUN_PRECISIONS)}"
         raise BackendError(message, precision=precision)
 
 
 def _best_backend(bundle: Bundle, precision: str, threads: int | None) -> Backend:
-    reason = "the best backend available here"
-    tensorrt, onnxruntime = _status("tensorrt"), _status("onnxruntime")
-    why_not = ""
-    if tensorrt.available:
-        try:
-            return _open_tensorrt(bundle, precision, threads, reason)
-        except (BackendError, EngineMismatchError, BundleError) as error:
-            why_not = error.message
-    elif tensorrt.version is not None:
-        why_not = tensorrt.remedy
-    if why_not:
-        _log.warning("%s does not run on TensorRT %s: %s", bundle.name, tensorrt.version, why_not)
-        reason = f"TensorRT {tensorrt.version} cannot be used: {why_not}"
-    if not onnxruntime.available:
-        also = f" {reason}" if why_not else ""
-        raise BackendError(f"no backend is installed. Install one: pip install onnxruntime.{also}", backend="auto")
-    return _open_onnxruntime(bundle, precision, threads, reason)
+    """The first backend that is installed and takes the bundle; why each better one does not is announced."""
+    refusals: list[str] = []
+    for name in _ORDER:
+        status = _status(name)
+        if not status.available and (status.version is None or name == _LAST):
+            continue
+        reason = " ".join(refusals) or "the best backend available here"
+        why_not = status.remedy
+        if status.available:
+            try:
+                return _OPENERS[name](bundle, precision, threads, reason)
+            except (BackendError, EngineMismatchError, BundleError) as error:
+                if name == _LAST:
+                    raise
+                why_not = error.message
+        title = f"{_TITLES[name]} {status.version}"
+        _log.warning("%s does not run on %s: %s", bundle.name, title, why_not)
+        refusals.append(f"{title} cannot be used: {why_not}")
+    message = " ".join(["no backend is installed. Install one: pip install onnxruntime.", *refusals])
+    raise BackendError(message.rstrip("."), backend="auto")
 
 
 def _open_tensorrt(bundle: Bundle, precision: str, threads: int | None, reason: str) -> Backend:
     from .tensorrt_backend import open_tensorrt
 
+    if precision == "bf16":
+        raise BackendError(
+            "TensorRT engines are fp32, fp16 or int8, not bf16. Take --precision fp16", precision=precision
+        )
     return open_tensorrt(bundle, precision=precision, threads=threads, reason=reason)
+
+
+def _open_openvino(bundle: Bundle, precision: str, threads: int | None, reason: str) -> Backend:
+    from .openvino_backend import open_openvino
+
+    return open_openvino(bundle, precision=precision, threads=threads, reason=reason)
 
 
 def _open_onnxruntime(bundle: Bundle, precision: str, threads: int | None, reason: str) -> Backend:
     from .onnxruntime_backend import OnnxRuntimeBackend
 
+    if precision == "bf16":
+        remedy = 'Take --backend openvino (pip install "tclkit[openvino]"), or --precision fp32'
+        raise BackendError(f"ONNX Runtime does not compute in bf16. {remedy}", precision=precision)
     taken = "fp32" if precision == "auto" else precision
     reason = f"{reason} (onnxruntime {_installed_version('onnxruntime')}, {taken})"
     return OnnxRuntimeBackend(bundle, precision=taken, threads=threads, reason=reason)
 
 
+_OPENERS: dict[str, Callable[[Bundle, str, int | None, str], Backend]] = {
+    "tensorrt": _open_tensorrt,
+    "openvino": _open_openvino,
+    "onnxruntime": _open_onnxruntime,
+}
+
+
 def _status(name: str) -> BackendStatus:
     version = _installed_version(name)
-    if name not in _IMPLEMENTED:
-        remedy = "This version of tclkit cannot run it yet: take --backend onnxruntime (or auto)"
-    elif version is None:
-        remedy = _TENSORRT_REMEDY if name == "tensorrt" else f"It is not installed: pip install {name}"
-    else:
-        remedy = _device_remedy() if name == "tensorrt" else ""
+    remedy = _REMEDIES[name] if version is None else ""
+    if version is not None and name == "tensorrt":
+        remedy = _device_remedy()
     return BackendStatus(name=name, available=not remedy, version=version, remedy=remedy)
 
 

@@ -11,6 +11,9 @@ from .errors import BundleError
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
+"""Of the image graphs' files."""
+RUN_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+"""What a backend may compute in: bf16 is no file of its own, but the float32 graph computed in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +138,11 @@ class Manifest:
     def precisions(self) -> tuple[str, ...]:
         """Precisions that every image size of the bundle comes in."""
         return tuple(p for p in PRECISIONS if all(p in image.files for image in self.images))
+
+
+def graph_precision(precision: str) -> str:
+    """Precision of the file that is run to compute in one of `RUN_PRECISIONS`."""
+    return "fp32" if precision == "bf16" else precision
 
 
 def manifest_from_dict(raw: Mapping[str, Any], *, where: str) -> Manifest:

@@ -86,6 +86,15 @@ def tiny_bundle_folder(write_tiny_bundle: Callable[..., Path], tmp_path_factory:
     return write_tiny_bundle(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A light install: OpenVINO, which the development environment has, is not there to be found."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, package=None: None if name == "openvino" else real(name, package)
+    )
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own models and cache."""

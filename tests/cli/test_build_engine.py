@@ -74,8 +74,10 @@ def test_below_the_gate_the_table_is_an_error_and_nothing_is_written(invoke: Inv
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        ((), 2, "choose one of the three"),
-        (("--fp16", "--int8"), 2, "choose one of the three"),
+        ((), 2, "choose one of the four"),
+        (("--fp16", "--int8"), 2, "choose one of the four"),
+        (("--bf16",), 2, "is for processors: add --device cpu"),
+        (("--fp16", "--device", "cpu"), 2, "no processor computes in it: take --bf16 or --int8"),
         (("--int8", "--auto", "--decoder-only"), 2, "choose one of the two"),
         (("--int8", "--smoothing", "0.5", "--no-smoothing"), 2, "choose one of the two"),
         (("--int8", "--smoothing", "2"), 2, "not in the range 0 to 1"),
@@ -85,6 +87,7 @@ def test_below_the_gate_the_table_is_an_error_and_nothing_is_written(invoke: Inv
         (("--fp16", "--size", "64x64"), 1, "has image graphs for 128x128, not for 64x64"),
         (("--fp16", "--auto"), 1, "auto chooses layers for INT8"),
         (("--fp32", "--prepare-only"), 1, "nothing to prepare"),
+        (("--bf16", "--device", "cpu", "--prepare-only"), 1, "nothing to prepare"),
         (("--int8",), 1, "INT8 needs images to calibrate on"),
         (("--int8", "--calibration", "none"), 1, "none"),
         (("--int8", "--calibration", "empty"), 1, "empty"),
@@ -103,11 +106,37 @@ def test_what_cannot_be_done_is_said(
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "photos"]
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_verify_of_a_bundle_with_nothing_to_judge(invoke: Invoke) -> None:
     result = invoke("verify")
     assert result.exit_code == 0, result.stderr
     assert "nothing to judge: tcl-shapes has float32 graphs only" in result.stderr
     assert "TensorRT is not installed here" in result.stderr
+
+
+def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folder: Path) -> None:
+    built = invoke("build-engine", "--device", "cpu", "--fp32")
+    assert built.exit_code == 0, built.stderr
+    assert "image-fp32-128x128 in OpenVINO" in built.stdout
+    assert "compiled image-fp32-128x128 for OpenVINO" in built.stderr
+    assert (models_folder / "tcl-shapes" / "engines" / "openvino" / "image-fp32-128x128.json").is_file()
+    document = json.loads(invoke("segment", scene, "red circle", "--json").stdout)
+    assert (document["backend"], document["precision"]) == ("openvino", "fp32")
+    verified = invoke("verify")
+    assert verified.exit_code == 0, verified.stderr
+    assert "image-fp32-128x128 in OpenVINO" in verified.stdout
+    (model,) = json.loads(invoke("info", "--json").stdout)["models"]
+    (built_here,) = model["on_cpu"]
+    assert (built_here["precision"], built_here["fits"], built_here["why_not"]) == ("fp32", True, "")
+    assert "Built for processors" in invoke("info").stdout
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_a_processor_without_openvino(invoke: Invoke, models_folder: Path) -> None:
+    result = invoke("build-engine", "--device", "cpu", "--bf16")
+    assert result.exit_code == 3
+    assert 'nothing was compiled: OpenVINO is not installed here (pip install "tclkit[openvino]")' in result.stderr
+    assert not models_folder.exists()
 
 
 def test_the_whole_path_on_the_simulator(

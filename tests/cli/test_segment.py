@@ -43,7 +43,7 @@ def test_one_image(invoke: Invoke, scene: Path) -> None:
 
 
 def test_json_says_all_and_writes_nothing(invoke: Invoke, scene: Path) -> None:
-    result = invoke("segment", scene, "red", "blue", "--kp", "0", "--json")
+    result = invoke("segment", scene, "red", "blue", "--kp", "0", "--json", "--backend", "onnxruntime")
     assert (result.exit_code, result.stderr) == (0, "")
     found = document(result)
     assert found["model"] == "tiny"
@@ -224,12 +224,25 @@ def test_words_outside_a_small_world_are_announced(
     assert document(result)["prompts"] == ["a red circle", "a dog"]
 
 
+@pytest.mark.parametrize("options", [("--exact",), ("--exact", "--precision", "fp32")])
+@pytest.mark.parametrize("backend", ["auto", "openvino", "onnxruntime"])
+def test_exact_is_float32(invoke: Invoke, scene: Path, backend: str, options: tuple[str, ...]) -> None:
+    result = invoke("segment", scene, "red", "--json", "--backend", backend, *options)
+    assert document(result)["precision"] == "fp32"
+
+
+def test_exact_is_no_other_precision(invoke: Invoke, scene: Path) -> None:
+    result = invoke("segment", scene, "red", "--exact", "--precision", "int8")
+    assert result.exit_code == 2
+    assert "--exact is float32, --precision asks for int8" in result.stderr
+
+
 def test_ctrl_c_is_one_line(scene: Path) -> None:
     # A shell's background job, as CI may be, inherits that SIGINT is ignored: here it must arrive.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tclkit.cli import run; run()"
     )
-    command = [sys.executable, "-c", program, "segment", "-", "red", "--debug"]
+    command = [sys.executable, "-c", program, "segment", "-", "red", "--debug", "--backend", "onnxruntime"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -80,11 +80,11 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
 
 @pytest.mark.usefixtures("tiny_model")
 def test_a_precision_that_the_model_does_not_have(invoke: Invoke, scene: Path) -> None:
-    result = invoke("segment", scene, "red", "--precision", "fp16")
+    result = invoke("segment", scene, "red", "--precision", "fp16", "--backend", "onnxruntime")
     assert_refused(result, "tiny has no image graph in fp16, only in fp32")
 
 
-@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.usefixtures("tiny_model", "without_openvino")
 def test_tensorrt_without_engines(invoke: Invoke, scene: Path, tensorrt_simulator: Callable[..., object]) -> None:
     """Asked for, it is refused; left to choose, the fallback is announced."""
     tensorrt_simulator("10.3.0")

@@ -1,7 +1,9 @@
 """The choice of a backend is announced, and never made silently another one."""
 
 import importlib.util
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from tclkit.runtime import backends
 from tclkit.runtime.backends import Backend, available_backends, choose_backend
-from tclkit.runtime.bundle import Bundle, open_bundle
+from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BackendError
 
 
@@ -27,7 +29,15 @@ def test_the_status_of_every_backend() -> None:
     assert statuses["onnxruntime"].available
     assert statuses["onnxruntime"].version
     assert statuses["onnxruntime"].remedy == ""
-    assert "--backend onnxruntime" in statuses["openvino"].remedy
+    assert statuses["openvino"].available
+    assert statuses["openvino"].remedy == ""
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_the_status_of_openvino_in_a_light_install() -> None:
+    status = available_backends()[1]
+    assert (status.name, status.available, status.version) == ("openvino", False, None)
+    assert status.remedy == 'It is not installed: pip install "tclkit[openvino]", or take --backend onnxruntime'
 
 
 def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +65,7 @@ def test_the_status_of_tensorrt(monkeypatch: pytest.MonkeyPatch, tensorrt_simula
     assert "Jetson: it comes with JetPack" in status.remedy
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_auto_announces_its_choice(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,13 +79,52 @@ def test_auto_announces_its_choice(
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
+def test_auto_takes_openvino_where_it_is_installed(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tensorrt(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        backend = choose_backend("auto", bundle)
+    assert (backend.name, backend.precision) == ("openvino", "fp32")
+    assert backend.reason.startswith("the best backend available here (OpenVINO ")
+    assert "build-engine --" in backend.reason
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_what_was_not_judged_here_goes_to_onnxruntime_with_a_warning(
+    tiny_bundle_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tensorrt(monkeypatch)
+    folder = Path(shutil.copytree(tiny_bundle_folder, tmp_path / "tiny"))
+    raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    (folder / "image.int8.onnx").write_bytes((folder / "image.onnx").read_bytes())
+    raw["images"][0]["files"]["int8"] = "image.int8.onnx"
+    write_manifest(folder, raw)
+    bundle = open_bundle(folder)
+    with pytest.raises(BackendError, match=r"int8 was not judged .*Build it here: .*--int8 --model .* --device cpu"):
+        choose_backend("openvino", bundle, precision="int8")
+    with caplog.at_level(logging.WARNING):
+        backend = choose_backend("auto", bundle, precision="int8")
+    assert (backend.name, backend.precision) == ("onnxruntime", "int8")
+    assert "tiny does not run on OpenVINO" in caplog.text
+    assert "int8 was not judged" in backend.reason
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt"])
+def test_bfloat16_is_openvinos(name: str, bundle: Bundle, tensorrt_simulator: Callable[..., Any]) -> None:
+    tensorrt_simulator("10.13.3.9")
+    with pytest.raises(BackendError, match="bf16"):
+        choose_backend(name, bundle, precision="bf16")
+
+
 def test_by_name(bundle: Bundle) -> None:
     backend = choose_backend("onnxruntime", bundle, threads=1)
     assert backend.name == "onnxruntime"
     assert backend.reason.startswith("asked for (onnxruntime ")
 
 
-def test_what_is_not_implemented_is_refused(bundle: Bundle) -> None:
+@pytest.mark.usefixtures("without_openvino")
+def test_openvino_by_name_where_it_is_not_installed(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"backend openvino cannot be used\. .*take --backend onnxruntime"):
         choose_backend("openvino", bundle)
 

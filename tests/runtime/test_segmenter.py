@@ -25,7 +25,7 @@ Image = NDArray[np.uint8]
 
 @pytest.fixture
 def segmenter(tiny_bundle_folder: Path) -> Segmenter:
-    return Segmenter.open(tiny_bundle_folder, threads=1)
+    return Segmenter.open(tiny_bundle_folder, backend="onnxruntime", threads=1)
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_one_thread_each(segmenter: Segmenter, scene: Image) -> None:
 
 def test_closing_releases_the_backend(tiny_bundle_folder: Path, scene: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    with Segmenter.open(tiny_bundle_folder, threads=1) as segmenter:
+    with Segmenter.open(tiny_bundle_folder, backend="onnxruntime", threads=1) as segmenter:
         segmenter(scene, NAMES)
         monkeypatch.setattr(segmenter.backend, "close", lambda: closed.append(segmenter.backend.name))
     assert closed == ["onnxruntime"]

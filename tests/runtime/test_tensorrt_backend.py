@@ -353,6 +353,7 @@ MACHINES = [
 ]
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_auto_announces_why_it_took_another_backend_and_by_name_it_is_refused(
     tensorrt_simulator: Install, bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -373,6 +374,7 @@ def test_auto_announces_why_it_took_another_backend_and_by_name_it_is_refused(
         assert str(info.value) in backend.reason
 
 
+@pytest.mark.usefixtures("without_openvino")
 @pytest.mark.parametrize("graph", ["image", "masks"])
 @pytest.mark.parametrize(
     ("harm", "is_signed", "kind", "message"),
@@ -444,6 +446,7 @@ def test_a_graph_that_changed_after_the_build(simulator: Any, bundle: Bundle) ->
         choose_backend("tensorrt", changed)
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_no_engines(simulator: Any, shapes_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = open_bundle(shapes_folder)
     with pytest.raises(BackendError, match=r"no engines were built for tcl-shapes\. Build them here: .*--fp16 --model"):
@@ -461,6 +464,7 @@ def with_half_graph(folder: Path) -> None:
     write_manifest(folder, raw)
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_precisions_are_never_replaced_silently(
     simulator: Any, shapes_folder: Path, build_engines: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -481,7 +485,9 @@ def test_precisions_are_never_replaced_silently(
         choose_backend("tensorrt", bundle, precision="fp32")
     with pytest.raises(BackendError, match="tcl-shapes has no image graph in int8"):
         choose_backend("auto", bundle, precision="int8")
-    with pytest.raises(BackendError, match=r"unknown precision 'half'\. Choose auto, fp32, fp16, int8"):
+    with pytest.raises(BackendError, match=r"TensorRT engines are fp32, fp16 or int8, not bf16"):
+        choose_backend("tensorrt", bundle, precision="bf16")
+    with pytest.raises(BackendError, match=r"unknown precision 'half'\. Choose auto, fp32, fp16, bf16, int8"):
         choose_backend("auto", bundle, precision="half")
     build_engines(simulator, shapes_folder, precision="fp32")
     assert chosen("auto") == ("tensorrt", "fp16")
@@ -518,6 +524,7 @@ def test_compatible_engines_run_elsewhere(
     backend.close()
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_tensorrt_without_a_device(
     simulator: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
