@@ -40,7 +40,7 @@ from tclkit.tcl.grounder import GatedConv, UpsamplingBlock
 
 DecoderForm = Literal["direct", "phases", "differences", "winograd2", "winograd4"]
 DECODER_FORMS: tuple[DecoderForm, ...] = get_args(DecoderForm)
-DEFAULT_DECODER: DecoderForm = "direct"
+DEFAULT_DECODER: DecoderForm = "winograd4"
 
 _Rows = tuple[tuple[float, ...], ...]
 _Grid = list[list[Tensor]]
@@ -329,7 +329,8 @@ def _conv_with(weight_OIkk: Tensor, bias_O: Tensor, *, padding: int) -> nn.Conv2
 
 def _repeat(x_BhwC: Tensor) -> Tensor:
     """Repeat every cell twice on both axes."""
-    return F.interpolate(x_BhwC.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
+    x_BCHW: Tensor = F.interpolate(x_BhwC.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
+    return x_BCHW.permute(0, 2, 3, 1)
 
 
 def _transformed(grid: _Grid, steps: Sequence[_Rows]) -> _Grid:

@@ -8,6 +8,7 @@ tcl/model.py stays the readable reference; here stand the exact rewrites. Weight
    layer scales fold into the linear layer before them; attention's 1/sqrt(d) folds into the query.
 4. The text tower takes texts cut to any length, for it is causal.
 5. With no KP weight the KP branch is not there.
+6. The decoder takes one of the forms of decoder.py.
 
 Shapes: B batch, N prompts, M texts, L tokens, C width, K heads, D embedding, H W pixels, h w patches, s mask cells a
 patch side.
@@ -29,7 +30,7 @@ from tclkit.tcl.grounder import Grounder, UpsamplingBlock
 from tclkit.tcl.model import TCL
 from tclkit.tcl.vision import nearness, position_embedding
 
-from .decoder import DecoderForm, upsampling_block
+from .decoder import DEFAULT_DECODER, DecoderForm, upsampling_block
 
 _M = TypeVar("_M", nn.Linear, nn.Conv2d)
 _NORM_EPSILON = 1e-6  # the authors' smallest length in a normalisation
@@ -52,7 +53,7 @@ class ImageGraph(nn.Module):
     tokens: Tensor
 
     def __init__(
-        self, model: TCL, size: tuple[int, int], *, with_kp: bool = True, decoder: DecoderForm = "direct"
+        self, model: TCL, size: tuple[int, int], *, with_kp: bool = True, decoder: DecoderForm = DEFAULT_DECODER
     ) -> None:
         super().__init__()
         visual, grounder = model.clip.visual, model.grounder

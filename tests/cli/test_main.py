@@ -17,7 +17,7 @@ OPTIONS = {
     "segment": "image prompts --bank --model -m --backend --precision --output -o --json --threshold --background "
     "--no-background --pamr --kp --fit --flip --scales --contrast --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
-    "export": "checkpoint --output -o --size --clip --name --half-weights --kp-attention --debug",
+    "export": "checkpoint --output -o --size --clip --name --half-weights --kp-attention --decoder --debug",
     "build-engine": "--model -m --fp16 --int8 --fp32 --calibration --calibration-images --seed --decoder-only --auto "
     "--ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine --size --max-batch "
     "--max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla --prepare-only "
