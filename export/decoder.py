@@ -235,7 +235,7 @@ class _Phases(nn.Module):
         y_BKhw = self.conv(x_BhwC.permute(0, 3, 1, 2))  # K = 4C, on the corners: one more a column and a row
         h, w = y_BKhw.shape[2:]
         y_BhpwqC = y_BKhw.reshape(-1, 2, 2, self.width, h, w).permute(0, 4, 1, 5, 2, 3)
-        y_BHWC = y_BhpwqC.reshape(-1, 2 * h, 2 * w, self.width)[:, 1:-1, 1:-1]
+        y_BHWC: Tensor = y_BhpwqC.reshape(-1, 2 * h, 2 * w, self.width)[:, 1:-1, 1:-1]
         return y_BHWC + _repeat(residual_BhwC)
 
 
