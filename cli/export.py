@@ -23,6 +23,16 @@ class KpAttention(str, Enum):
     NEIGHBOURS = "neighbours"
 
 
+class Decoder(str, Enum):
+    """Values of --decoder."""
+
+    DIRECT = "direct"
+    PHASES = "phases"
+    DIFFERENCES = "differences"
+    WINOGRAD2 = "winograd2"
+    WINOGRAD4 = "winograd4"
+
+
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")],
@@ -43,6 +53,14 @@ def export(
             help="Of CLIP's own masks: self, as published, or neighbours (NACLIP's way; not measured on photographs).",
         ),
     ] = KpAttention.SELF,
+    decoder: Annotated[
+        Decoder,
+        typer.Option(
+            "--decoder",
+            metavar="FORM",
+            help="How the decoder is written: direct, phases, differences, winograd2, winograd4. All compute the same.",
+        ),
+    ] = Decoder.WINOGRAD4,
     debug: DebugOption = False,
 ) -> None:
     """Write the bundle of a checkpoint, each graph compared with torch."""
@@ -59,6 +77,7 @@ def export(
             sizes=wanted,
             name=name,
             kp_attention=kp_attention.value,
+            decoder=decoder.value,
             half_weights=half_weights,
             progress=display.step,
         )

@@ -23,6 +23,7 @@ from tclkit.tcl.tokenizer_file import clip_tokenizer_json, vocabulary_size
 
 from ._parity import check_bundle
 from .bundle_folder import new_folder, require_replaceable, write_errors
+from .decoder import DEFAULT_DECODER, DecoderForm, require_known_form
 from .onnx_graphs import write_image_graph, write_masks_graph, write_text_graph
 from .wrapper import ImageGraph, MasksGraph, TextGraph
 
@@ -43,6 +44,7 @@ def export_bundle(
     name: str | None = None,
     kp_w: float | None = None,
     kp_attention: str = "self",
+    decoder: DecoderForm = DEFAULT_DECODER,
     half_weights: bool = False,
     tokenizer_json: str | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -63,6 +65,7 @@ def export_bundle(
         name: in bundle.json; None: the checkpoint's own, else the folder's.
         kp_w: default share of the KP branch in 0..1; 0 leaves the branch out of the graphs. None: the checkpoint's.
         kp_attention: of CLIP's last block in the KP branch: "self" as the published model, or "neighbours".
+        decoder: form in which the decoder is written, all of them the same function; see `DecoderForm`.
         half_weights: store large weights as float16, in half the space; the graphs still compute in float32.
         tokenizer_json: text of a tokenizer.json for the text encoder; None: the checkpoint's own, else CLIP's.
         sources: what to note in the provenance besides, for example addresses.
@@ -70,7 +73,7 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be read or needs clip.
-        ConfigError: unknown kp_attention.
+        ConfigError: unknown kp_attention or decoder.
         InputError: a size, kp_w or the name is wrong.
         ExportError: the tokenizer does not fit the model, a graph could not be exported, or `out` cannot be written.
         ParityError: a graph differs from torch by too much.
@@ -82,9 +85,11 @@ def export_bundle(
     content = load_checkpoint(checkpoint)
     model = load_model(content, clip=clip)
     model.use_kp_attention(kp_attention)
-    plan = _plan(content["extra"], model, out, sizes, name, kp_w, half_weights, tokenizer_json)
+    require_known_form(decoder)
+    plan = _plan(content["extra"], model, out, sizes, name, kp_w, decoder, half_weights, tokenizer_json)
     report.total = len(plan.sizes) + 5
-    provenance = _provenance(content, checkpoint, clip, model, sources) | {"half_weights": half_weights}
+    provenance = _provenance(content, checkpoint, clip, model, sources)
+    provenance |= {"half_weights": half_weights, "decoder": decoder}
     if kp_attention != "self":
         provenance |= {"kp_attention": kp_attention}
     with write_errors(out), new_folder(out) as folder:
@@ -108,6 +113,7 @@ class _Plan:
     description: str
     sizes: list[tuple[int, int]]
     kp_w: float
+    decoder: DecoderForm
     half_weights: bool
     tokenizer_json: str
     templates: list[str]
@@ -134,6 +140,7 @@ def _plan(
     sizes: Sequence[tuple[int, int]] | None,
     name: str | None,
     kp_w: float | None,
+    decoder: DecoderForm,
     half_weights: bool,
     tokenizer_json: str | None,
 ) -> _Plan:
@@ -149,6 +156,7 @@ def _plan(
         description=extra.get("description") or _description(model.config.clip),
         sizes=_checked_sizes(sizes, extra.get("image_size"), model.config.clip.patch_size),
         kp_w=float(kp_w),
+        decoder=decoder,
         half_weights=half_weights,
         tokenizer_json=tokenizer_json,
         templates=list(extra.get("templates") or PROTOCOL_TEMPLATES),
@@ -193,7 +201,7 @@ def _write_graphs(model: TCL, plan: _Plan, folder: Path, report: _Steps) -> list
     for height, width in plan.sizes:
         report(f"image graph {height}x{width}")
         file = f"image-{height}x{width}.onnx" if images else "image.onnx"
-        graph = ImageGraph(model, (height, width), with_kp=with_kp)
+        graph = ImageGraph(model, (height, width), with_kp=with_kp, decoder=plan.decoder)
         write_image_graph(graph, folder / file, half_weights=plan.half_weights)
         images.append({"height": height, "width": width, "files": {"fp32": file}})
     report("masks graph")

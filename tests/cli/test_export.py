@@ -1,5 +1,6 @@
 """`tclkit export`: what was trained becomes a bundle that `tclkit segment` takes."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import typer
 from typer.testing import Result
 
-from tclkit.cli.export import parse_sizes
+from tclkit.cli.export import Decoder, export, parse_sizes
+from tclkit.export.decoder import DECODER_FORMS, DEFAULT_DECODER
 from tclkit.runtime import open_bundle
 
 Invoke = Callable[..., Result]
@@ -88,3 +90,8 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no size"):
         parse_sizes([text])
+
+
+def test_the_forms_of_the_decoder_are_those_of_the_library() -> None:
+    assert [form.value for form in Decoder] == list(DECODER_FORMS)
+    assert inspect.signature(export).parameters["decoder"].default == DEFAULT_DECODER

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from tclkit.export import _parity, bundle_folder, bundle_writer, export_bundle
+from tclkit.export.decoder import DECODER_FORMS, DecoderForm
+from tclkit.export.layers import quantizable_layers
 from tclkit.runtime import open_bundle
 from tclkit.runtime.errors import CheckpointError, ConfigError, ExportError, InputError, ParityError
 from tclkit.runtime.files import sha256_from_file
@@ -166,6 +169,25 @@ def test_another_kp_attention_is_exported_checked_and_noted(tiny_checkpoint: Pat
     assert np.abs(np.asarray(before.kp) - np.asarray(after.kp)).max() > 0.05
     with pytest.raises(ConfigError, match="unknown KP attention 'far'"):
         export_bundle(tiny_checkpoint, tmp_path / "far", kp_attention="far")
+
+
+@pytest.mark.parametrize("form", DECODER_FORMS)
+def test_every_form_of_the_decoder_is_exported_checked_and_noted(
+    form: DecoderForm, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(export_bundle(tiny_checkpoint, tmp_path / "b", sizes=[(48, 80)], decoder=form))
+    assert bundle.manifest.provenance["decoder"] == form
+    assert bundle.manifest.checks["fp32"]["image.onnx"]["max_abs_error"] < 2e-5
+    layers = quantizable_layers(onnx.load(bundle.path("image.onnx")))
+    decoder = {layer.block for layer in layers if layer.is_decoder}
+    assert decoder == {"grounder.decoder.0", "grounder.decoder.1"}  # by name, as the quantiser's tiers know them
+    assert all(layer.block != layer.node and layer.multiplications > 0 for layer in layers if layer.is_decoder)
+
+
+def test_an_unknown_form_of_the_decoder_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown form of the decoder 'quick'; choose direct"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", decoder="quick")  # type: ignore[arg-type]
+    assert siblings(tmp_path / "b") == ["tcl.pt"]
 
 
 def test_progress_counts_up_to_done(tiny_checkpoint: Path, quick_graphs: None, tmp_path: Path) -> None:

@@ -143,12 +143,6 @@ def test_patch_embedding_takes_bytes(golden_model: TCL) -> None:
     assert largest_difference(folded(pixels), exact) < 2**-24 * largest  # the weights' rounding to fp32, no more
 
 
-def test_gate_folds_into_its_convolution(make_model: Callable[..., TCL]) -> None:
-    branch = make_model().grounder.decoder[0].conv1
-    x = torch.randn(1, 32, 6, 5, generator=torch.Generator().manual_seed(0))
-    assert largest_difference(wrapper._GatedConv(branch)(x), branch(x)) < PARTS
-
-
 def test_layer_scale_folds_into_the_layer_before_it(make_model: Callable[..., TCL]) -> None:
     block = make_model(vision_layer_scale=0.1).clip.visual.transformer.resblocks[0]
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
