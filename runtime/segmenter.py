@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .backends import Backend, Features, choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BackendError, InputError, TclkitError
+from .fitted_masks import FittedMasks
 from .labels import labels_from_masks, without_contrast
 from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
@@ -364,7 +365,7 @@ class Segmenter:
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
         fitted = self._fitted_masks(_seen(features), prompt_set, options, {})
-        return resize_masks(fitted, features.plan.source_size)
+        return resize_masks(fitted.array(), features.plan.source_size)
 
     def stream(
         self,
@@ -450,8 +451,8 @@ class Segmenter:
 
     def _fitted_masks(
         self, seen: Sequence[_Seen], prompts: PromptSet, options: _Options, timings: dict[str, float]
-    ) -> NDArray[np.float32]:
-        """(N, h, w) float32 soft masks at the size the model saw the image; the mean over scales at the finest's."""
+    ) -> FittedMasks:
+        """N soft masks at the size the model saw the image; the mean over scales at the finest's."""
         scales = [self._all_window_masks(one, prompts, options, timings) for one in seen]
         if options.pamr:
             scales = self._all_refined([list(windows) for windows in scales], options, timings)
@@ -533,21 +534,21 @@ class Segmenter:
         self,
         image_hwc: NDArray[np.uint8],
         plans: Sequence[FitPlan],
-        fitted: NDArray[np.float32],
+        fitted: FittedMasks,
         asked: _Asked,
         options: _Options,
         timings: dict[str, float],
     ) -> Segmentation:
         with self._timed("labels", timings):
-            labels = labels_from_masks(fitted, plans[0].source_size, options.threshold)
+            label_map = labels_from_masks(fitted, plans[0].source_size, options.threshold)
             if asked.count < len(asked.every):
-                labels = without_contrast(labels, asked.count)
+                label_map = without_contrast(label_map, asked.count)
         return segmentation_from_masks(
             image_hwc,
             asked.every.names[: asked.count],
-            fitted[: asked.count],
+            fitted.first(asked.count),
             options.threshold,
-            labels=labels,
+            label_map=label_map,
             settings={
                 "fit": plans[0].fit,
                 "kp_w": options.kp_w,
@@ -647,16 +648,16 @@ def _seen(features: ImageFeatures) -> list[_Seen]:
     return [_Seen(plan=one.plan, inputs=one.inputs, features=one.features) for one in (features, *features.smaller)]
 
 
-def _mean_over_scales(joined: Iterator[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
-    """The mean of masks (N, h, w) at the size of the first, which is the finest; a single one is left as it is."""
-    total = next(joined)
+def _mean_over_scales(joined: Iterator[FittedMasks], count: int) -> FittedMasks:
+    """The mean of masks at the size of the first, which is the finest; a single one is left as it is."""
+    finest = next(joined)
     if count == 1:
-        return total
-    total = np.array(total, np.float32)
+        return finest
+    total = np.array(finest.array(), np.float32)
     for masks in joined:
-        total += resize_masks(masks, (total.shape[1], total.shape[2]))
+        total += resize_masks(masks.array(), (total.shape[1], total.shape[2]))
     total /= count
-    return total
+    return FittedMasks.from_array(total)
 
 
 def _prompts_to_refine(scales: Sequence[Sequence[_WindowMasks]], options: _Options) -> NDArray[np.bool_]:

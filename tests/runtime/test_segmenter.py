@@ -390,7 +390,7 @@ def test_pamr_leaves_out_prompts_that_cannot_label_a_pixel(
     features = segmenter.features(image, fit=fit)
     everything = segmenter.masks(features, names, kp_w=kp_w, pamr=True)
     assert refined_counts[windows:] == [5] * windows  # type: ignore[operator,misc]
-    expected = labels_from_masks(everything, image.shape[:2], result.threshold).label_map
+    expected = labels_from_masks(everything, image.shape[:2], result.threshold)
     assert (result.label_map == expected).mean() > 0.999  # both resize in another order: rounding at borders
     for name in ("red", "blue"):
         np.testing.assert_allclose(result.soft_mask(name), everything[names.index(name)], atol=1e-5)
@@ -505,7 +505,7 @@ def test_pamr_over_scales_refines_what_their_mean_may_label(
         refined_counts.clear()
         result = segmenter(image, names, kp_w=kp_w, pamr=True, threshold=threshold)
         assert refined_counts == [count, count]
-        expected = labels_from_masks(everything, (128, 128), threshold).label_map
+        expected = labels_from_masks(everything, (128, 128), threshold)
         np.testing.assert_array_equal(result.label_map, expected)
 
 
