@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .labels import BACKGROUND, count_labels
 from .legend import PANEL_RGB, LegendRow, draw_legend
 from .palette import label_colours
 from .preprocess import check_image
@@ -99,22 +100,46 @@ def _coloured(picture: NDArray[np.uint8], labels: NDArray[np.int16], count: int,
     labels = np.ascontiguousarray(labels, np.int16)
     inner = _near_edges(labels, thickness)
     outer = _near_edges(labels, max(1, thickness // 2))
-    colours = np.array([*label_colours(count), (0, 0, 0)], np.uint16)  # -1, the background, takes the last
-    paint = round(256 * opacity)
-    overlay = picture.copy()
+    count = max(1, count)  # a table cannot be empty
+    paints = _paints(count, opacity)
+    overlay = np.empty_like(picture)
     rows_per_strip = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows_per_strip):
         rows = slice(top, top + rows_per_strip)
-        strip, label = overlay[rows], labels[rows]
-        is_labelled = label >= 0
-        pixels, colour = strip[is_labelled], colours[label[is_labelled]]  # (K, 3) each
-        grey = (pixels.astype(np.uint16) * _LUMA).sum(axis=1, dtype=np.uint16) >> 8  # (K,), at most 255
-        filled = (colour * paint + grey[:, None] * (256 - paint)) >> 8
-        outlined = inner[rows][is_labelled]
-        filled[outlined] = colour[outlined]
-        strip[is_labelled] = filled.astype(np.uint8)
-        strip[outer[rows] & ~is_labelled] //= 4
+        strip, label = picture[rows], labels[rows]
+        chosen = label + np.int32(0)
+        np.copyto(chosen, count + label, where=inner[rows])  # a line's colours stand behind those of the fills
+        chosen *= 256
+        chosen += _grey(strip)
+        painted = paints.take(chosen, mode="clip").view(np.uint8).reshape(*label.shape, 4)  # background is overwritten
+        painted_rgb = cv2.cvtColor(painted, cv2.COLOR_RGBA2RGB)
+        is_background = label == BACKGROUND
+        cv2.copyTo(strip, is_background.view(np.uint8), painted_rgb)
+        dark = is_background & outer[rows]
+        cv2.copyTo(strip // 4, dark.view(np.uint8), painted_rgb)
+        overlay[rows] = painted_rgb
     return overlay
+
+
+def _paints(count: int, opacity: float) -> NDArray[np.uint32]:
+    """Every colour an overlay can have over a grey: (2 * count * 256,) RGBA as one number; fills, then outlines."""
+    paint = round(256 * opacity)
+    colours = np.array(label_colours(count), np.uint16)[:, None]  # (count, 1, 3)
+    greys = np.arange(256, dtype=np.uint16)[:, None]  # (256, 1)
+    paints = np.zeros((2, count, 256, 4), np.uint8)
+    paints[0, ..., :3] = (colours * paint + greys * (256 - paint)) >> 8
+    paints[1, ..., :3] = colours
+    return paints.view(np.uint32).ravel()
+
+
+def _grey(picture: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Brightness of an RGB picture: (H, W, 3) uint8 -> (H, W) uint16, at most 255."""
+    red, green, blue = cv2.split(picture)
+    grey = red * _LUMA[0]
+    grey += green * _LUMA[1]
+    grey += blue * _LUMA[2]
+    grey >>= 8
+    return np.asarray(grey)
 
 
 def _near_edges(labels: NDArray[np.int16], distance: int) -> NDArray[np.bool_]:
@@ -135,7 +160,7 @@ def _beside(picture: NDArray[np.uint8], overlay: NDArray[np.uint8]) -> NDArray[n
 
 def _legend_rows(label_map: NDArray[np.int16], names: Sequence[str]) -> list[LegendRow]:
     """All prompts, or of very many only those that are there; and how much of the picture is none of them."""
-    pixels = np.bincount(label_map.ravel().astype(np.intp) + 1, minlength=len(names) + 1) / label_map.size
+    pixels = count_labels(label_map, len(names)) / label_map.size
     rows = [
         LegendRow(colour=colour, name=name, fraction=float(fraction))
         for colour, name, fraction in zip(label_colours(len(names)), names, pixels[1:], strict=True)

@@ -11,7 +11,7 @@ from .prompts import PromptSet, check_prompts, expand_prompt
 from .text_cache import TextCache, cache_key
 from .tokenizer import Tokenizer, shortened
 
-_TEXTS_PER_RUN = 64  # bounds the memory of one run of the text graph
+_TOKENS_PER_RUN = 512  # padding included; larger runs are no faster and pad more
 _EPSILON = 1e-6
 
 
@@ -33,7 +33,7 @@ def embed_prompts(
     prompts: Sequence[str],
     *,
     templates: Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Callable[[], Tokenizer],
     encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     text_encoder_hash: str,
     cache: TextCache | None = None,
@@ -43,7 +43,7 @@ def embed_prompts(
     Args:
         prompts: what the user named.
         templates: of the bundle.
-        tokenizer: of the bundle.
+        tokenizer: of the bundle, or what opens it; not needed where all prompts are cached.
         encode_text: token ids (M, L) int64 -> raw embeddings (M, D) float32, as `Backend.encode_text`.
         text_encoder_hash: `Bundle.text_encoder_hash`; part of the cache key.
         cache: None embeds everything anew.
@@ -69,7 +69,7 @@ def embed_texts(
     names: Sequence[str],
     texts: Sequence[Sequence[str]],
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Callable[[], Tokenizer],
     encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     text_encoder_hash: str,
     cache: TextCache | None = None,
@@ -81,14 +81,17 @@ def embed_texts(
         texts: of each name, one or more.
         tokenizer, encode_text, text_encoder_hash, cache: as in `embed_prompts`.
     """
-    token_ids = [_encoded(tokenizer, name, expanded) for name, expanded in zip(names, texts, strict=True)]
     keys = [cache_key(text_encoder_hash, list(expanded)) for expanded in texts]
     found = cache.read(keys) if cache is not None else {}
     missing = [index for index, key in enumerate(keys) if key not in found]
-    embedded, runs = _embedded([token_ids[index] for index in missing], encode_text)
-    fresh = {keys[index]: vector for index, vector in zip(missing, embedded, strict=True)}
-    if cache is not None:
-        cache.write(fresh)
+    fresh: dict[str, NDArray[np.float32]] = {}
+    runs = 0
+    if missing:  # a prompt that is too long was never cached, so that it is refused here every time
+        opened = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer()
+        embedded, runs = _embedded([_encoded(opened, names[index], texts[index]) for index in missing], encode_text)
+        fresh = {keys[index]: vector for index, vector in zip(missing, embedded, strict=True)}
+        if cache is not None:
+            cache.write(fresh)
     vectors = found | fresh
     prompt_set = PromptSet(
         names=tuple(names), embeddings=np.stack([vectors[key] for key in keys]), key=text_encoder_hash
@@ -102,10 +105,10 @@ def ensemble(raw_TD: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(mean_D / max(float(np.linalg.norm(mean_D)), _EPSILON), np.float32)
 
 
-def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> NDArray[np.int64]:
-    """Token ids of a prompt's texts; checked before the cache is asked, so that a long prompt is always refused."""
+def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Token ids of each of a prompt's texts, without padding."""
     try:
-        return tokenizer.encode(texts, truncate=False)
+        return [tokenizer.encode([text], truncate=False)[0] for text in texts]
     except InputError as error:
         words, limit = len(name.split()), tokenizer.context_length
         found = error.values.get("found", "too many")
@@ -117,19 +120,33 @@ def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> NDArray[n
 
 
 def _embedded(
-    token_ids: Sequence[NDArray[np.int64]], encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    token_ids: Sequence[Sequence[NDArray[np.int64]]], encode_text: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 ) -> tuple[list[NDArray[np.float32]], int]:
-    """Vector of each prompt, and the number of runs of the text graph."""
-    rows = [row for ids_TL in token_ids for row in ids_TL]
-    raw: list[NDArray[np.float32]] = []
-    starts = range(0, len(rows), _TEXTS_PER_RUN)
-    for start in starts:
-        raw += list(encode_text(_padded(rows[start : start + _TEXTS_PER_RUN])))
-    vectors = []
-    for ids_TL in token_ids:
-        vectors.append(ensemble(np.stack(raw[: len(ids_TL)])))
-        del raw[: len(ids_TL)]
-    return vectors, len(starts)
+    """Vector of each prompt, and the number of runs of the text graph.
+
+    The texts of all prompts run together, sorted by length: CLIP's text tower is causal, so padding behind the end of a
+    text changes nothing but the time, and texts of one length need none.
+    """
+    rows = [row for texts in token_ids for row in texts]
+    runs = _runs_by_length([len(row) for row in rows])
+    raw: dict[int, NDArray[np.float32]] = {}
+    for run in runs:
+        raw.update(zip(run, encode_text(_padded([rows[index] for index in run])), strict=True))
+    vectors, first = [], 0
+    for texts in token_ids:
+        vectors.append(ensemble(np.stack([raw[index] for index in range(first, first + len(texts))])))
+        first += len(texts)
+    return vectors, len(runs)
+
+
+def _runs_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the texts, shortest first, cut into runs of a bounded number of tokens."""
+    runs: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not runs or (len(runs[-1]) + 1) * lengths[index] > _TOKENS_PER_RUN:
+            runs.append([])
+        runs[-1].append(index)
+    return runs
 
 
 def _padded(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -1,8 +1,11 @@
 """The ONNX Runtime backend: one CPU session per graph, made when the graph is first needed."""
 
+import logging
 import os
+import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +14,14 @@ from .backends import Features, HostFeatures, check_array, check_image_size, che
 from .bundle import Bundle
 from .engines import build_command
 from .errors import BackendError, BundleError, InputError
+from .optimised_graphs import WORTHWHILE_BYTES, OptimisedGraphs
 
 if TYPE_CHECKING:
     import onnxruntime
 
 _FEATURES = ("grounded", "kp")
+_OPTIMISATION = "CPUExecutionProvider, all optimisations, 1"  # part of the key of optimised graphs
+_log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeBackend:
@@ -26,6 +32,8 @@ class OnnxRuntimeBackend:
         precision: which image graphs to take, "fp32", "fp16" or "int8".
         threads: CPU threads of one operator; None takes every CPU this process may use.
         reason: why this backend was chosen.
+        optimised: where graphs are kept as ONNX Runtime has optimised them, which makes the next start faster; None
+            takes the user's cache folder, False keeps none.
 
     Raises:
         BackendError: onnxruntime is not installed, or the bundle has no image graph of this precision.
@@ -35,7 +43,13 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(
-        self, bundle: Bundle, *, precision: str = "fp32", threads: int | None = None, reason: str = "asked for"
+        self,
+        bundle: Bundle,
+        *,
+        precision: str = "fp32",
+        threads: int | None = None,
+        reason: str = "asked for",
+        optimised: OptimisedGraphs | Literal[False] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads should be 1 or more, found {threads}")
@@ -45,6 +59,7 @@ class OnnxRuntimeBackend:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self.precision = precision
         self.reason = reason
+        self._optimised = OptimisedGraphs() if optimised is None else optimised
         _import_onnxruntime()
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
@@ -95,20 +110,55 @@ class OnnxRuntimeBackend:
     def _open_session(
         self, file: str, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]
     ) -> "onnxruntime.InferenceSession":
+        path = self._bundle.path(file)
+        try:
+            session = self._kept_session(path) if _is_worth_keeping(path) else None
+            session = session or self._session(path)
+        except Exception as error:  # onnxruntime's own exceptions share no base but this
+            version = _import_onnxruntime().__version__
+            message = f"ONNX Runtime {version} cannot load {path}: {_first_line(error)}"
+            raise BackendError(f"{message}. A newer one may: pip install -U onnxruntime", file=file) from error
+        _check_interface(str(path), "inputs", [i.name for i in session.get_inputs()], list(feeds))
+        _check_interface(str(path), "outputs", [o.name for o in session.get_outputs()], list(outputs))
+        return session
+
+    def _kept_session(self, path: Path) -> "onnxruntime.InferenceSession | None":
+        """A session of the graph as it was optimised before, or optimised and kept now; None where none are kept."""
+        kept = self._optimised
+        if kept is False:
+            return None
+        entry = kept.entry(path, f"onnxruntime {_import_onnxruntime().__version__} {_OPTIMISATION}")
+        graph = kept.read(entry)
+        if graph is not None:
+            try:
+                return self._session(graph, is_optimised=True)
+            except Exception as error:  # of another build of the same version, say
+                _log.warning("the optimised graph %s cannot be loaded (%s); it is made anew", entry, _first_line(error))
+                kept.drop(entry)
+        with tempfile.TemporaryDirectory(prefix="tclkit-") as folder:
+            written = Path(folder) / "optimised.onnx"
+            session = self._session(path, write_to=written)
+            kept.write(entry, written.read_bytes())
+        return session
+
+    def _session(
+        self, graph: Path | bytes, *, is_optimised: bool = False, write_to: Path | None = None
+    ) -> "onnxruntime.InferenceSession":
         onnxruntime = _import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised, and told once
-        path = self._bundle.path(file)
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own exceptions share no base but this
-            message = f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_first_line(error)}"
-            raise BackendError(f"{message}. A newer one may: pip install -U onnxruntime", file=file) from error
-        _check_interface(str(path), "inputs", [i.name for i in session.get_inputs()], list(feeds))
-        _check_interface(str(path), "outputs", [o.name for o in session.get_outputs()], list(outputs))
-        return session
+        if is_optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if write_to is not None:
+            options.optimized_model_filepath = str(write_to)
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _is_worth_keeping(path: Path) -> bool:
+    return path.stat().st_size in WORTHWHILE_BYTES
 
 
 def _import_onnxruntime() -> Any:

@@ -1,16 +1,16 @@
-"""One step ahead: the next items are prepared by a thread while the caller works on the current one."""
+"""One step ahead: the next items are prepared by threads while the caller works on the current one."""
 
-import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Middle = TypeVar("Middle")
 Prepared = TypeVar("Prepared")
 _JOIN_SECONDS = 5.0
 
@@ -29,54 +29,90 @@ class _Finished:
     pass
 
 
-def prefetched(
-    items: Iterable[Item], prepare: Callable[[Item], Prepared], *, ahead: int = 1
-) -> Generator[Prepared, None, None]:
-    """Yield `prepare(item)` of every item, in order, prepared by one thread that runs at most `ahead` items ahead.
+class _Stage:
+    """What one thread has made: messages, and room for as many as it may be ahead."""
 
-    Items are taken from `items` by that thread. An exception of `items` or `prepare` is raised here, after all that
-    came before it. Closing the generator ends the thread and waits for it, unless `items` itself does not return.
-    """
-    messages: queue.Queue[_Ready[Prepared] | _Failed | _Finished] = queue.Queue(maxsize=max(1, ahead))
-    stop = threading.Event()
-    thread = threading.Thread(target=_work, args=(items, prepare, messages, stop), name="tclkit-prefetch", daemon=True)
-    thread.start()
-    try:
+    def __init__(self, ahead: int) -> None:
+        self._messages: queue.SimpleQueue[_Ready[Any] | _Failed | _Finished] = queue.SimpleQueue()
+        self._room = threading.Semaphore(ahead)
+        self._is_stopped = False
+
+    def work(self, items: Iterable[Any], prepare: Callable[[Any], Any]) -> None:
+        """Prepare items, each taken only when there is room for it."""
+        try:
+            source = iter(items)
+            while self._has_room():
+                try:
+                    item = next(source)
+                except StopIteration:
+                    self._messages.put(_Finished())
+                    return
+                if self._is_stopped:
+                    return
+                self._messages.put(_Ready(prepare(item)))
+        except BaseException as error:
+            self._messages.put(_Failed(error))
+
+    def received(self) -> Iterator[Any]:
+        """Yield what was prepared, in order; raise what was raised."""
         while True:
-            message = messages.get()
+            message = self._messages.get()
             if isinstance(message, _Finished):
                 return
             if isinstance(message, _Failed):
                 raise message.error
+            self._room.release()
             yield message.value
-    finally:
-        stop.set()
-        _drain(messages)  # the thread may wait for room; after this it puts one message at most, so it never waits
-        thread.join(_JOIN_SECONDS)
-        if thread.is_alive():
-            logger.warning("the source of frames has not answered for %.0f s and was left to itself", _JOIN_SECONDS)
+
+    def stop(self) -> None:
+        """Wake the thread that works and the one that receives, and let both end."""
+        self._is_stopped = True
+        self._room.release()
+        self._messages.put(_Finished())
+
+    def _has_room(self) -> bool:
+        self._room.acquire()
+        return not self._is_stopped
 
 
-def _work(
-    items: Iterable[Item],
-    prepare: Callable[[Item], Prepared],
-    messages: "queue.Queue[_Ready[Prepared] | _Failed | _Finished]",
-    stop: threading.Event,
-) -> None:
+@overload
+def prefetched(
+    items: Iterable[Item], prepare: Callable[[Item], Prepared], *, ahead: int = ...
+) -> Generator[Prepared, None, None]: ...
+@overload
+def prefetched(
+    items: Iterable[Item], prepare: Callable[[Item], Middle], then: Callable[[Middle], Prepared], *, ahead: int = ...
+) -> Generator[Prepared, None, None]: ...
+def prefetched(
+    items: Iterable[Any], prepare: Callable[[Any], Any], then: Callable[[Any], Any] | None = None, *, ahead: int = 1
+) -> Generator[Any, None, None]:
+    """Yield `prepare(item)` of every item, or `then(prepare(item))`, in order, each function in a thread of its own.
+
+    Every thread is at most `ahead` items ahead of what takes from it. Items are taken from `items` by the first thread.
+    An exception of `items` or a function is raised here, after all that came before it. Closing the generator ends the
+    threads and waits for them, unless `items` itself does not return. A function that may wait should be woken first.
+
+    Args:
+        items: what to prepare.
+        prepare: in the first thread.
+        then: in the second thread, on what `prepare` made of an earlier item.
+        ahead: items, 1 or more.
+    """
+    functions = [prepare] if then is None else [prepare, then]
+    stages = [_Stage(max(1, ahead)) for _ in functions]
+    sources = [items, *(stage.received() for stage in stages[:-1])]
+    threads = [
+        threading.Thread(target=stage.work, args=(source, function), name="tclkit-prefetch", daemon=True)
+        for stage, source, function in zip(stages, sources, functions, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        for item in items:
-            if stop.is_set():
-                return
-            messages.put(_Ready(prepare(item)))
-            if stop.is_set():
-                return
-        messages.put(_Finished())
-    except BaseException as error:
-        if not stop.is_set():
-            messages.put(_Failed(error))
-
-
-def _drain(messages: "queue.Queue[_Ready[Prepared] | _Failed | _Finished]") -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            messages.get_nowait()
+        yield from stages[-1].received()
+    finally:
+        for stage in stages:
+            stage.stop()
+        for thread in threads:
+            thread.join(_JOIN_SECONDS)
+        if any(thread.is_alive() for thread in threads):
+            logger.warning("the source of frames has not answered for %.0f s and was left to itself", _JOIN_SECONDS)

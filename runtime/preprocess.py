@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .fitted_masks import FittedMasks
 from .upsample import resize_masks
 from .windows import Window, WindowAverage, window_positions
 
@@ -148,25 +149,40 @@ class FitPlan:
         rows, columns = self._content(window)
         return resize_masks(grid_masks, self.graph_size)[:, rows, columns]
 
-    def join(self, grid_masks: Iterator[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
-        """Put the masks of all windows, in order, together: (N, H, W) float32 of the resized size.
+    def join(self, grid_masks: Iterator[NDArray[np.float32]], count: int) -> FittedMasks:
+        """Put the masks of all windows, in order, together: N masks of the resized size.
+
+        Those of a single window stay on the grid until they are asked for.
 
         Args:
             grid_masks: one (N, h, w) float32 a window, on the mask grid.
             count: N.
         """
         if len(self.windows) == 1:
-            return np.ascontiguousarray(self.window_masks(self.windows[0], next(iter(grid_masks))))
+            return self._on_grid(self.windows[0], next(iter(grid_masks)))
         average = WindowAverage(count, self.resized_size)
         for window, masks in zip(self.windows, grid_masks, strict=True):
             average.add(window, self.window_masks(window, masks))
-        return average.mean()
+        return FittedMasks.from_array(average.mean())
+
+    def _on_grid(self, window: Window, grid_masks: NDArray[np.float32]) -> FittedMasks:
+        height, width = (side // cells for side, cells in zip(self.graph_size, grid_masks.shape[1:], strict=True))
+        is_whole = (grid_masks.shape[1] * height, grid_masks.shape[2] * width) == self.graph_size
+        if not (is_whole and _is_power_of_two(height) and _is_power_of_two(width)):
+            # rows of such a grid resized on their own would differ from the whole in rounding
+            return FittedMasks.from_array(np.ascontiguousarray(self.window_masks(window, grid_masks)))
+        rows, columns = self._content(window)
+        return FittedMasks(grid=grid_masks, cell=(height, width), rows=rows, columns=columns)
 
     def _content(self, window: Window) -> tuple[slice, slice]:
         """Rows and columns of the input that hold the window: centred, the odd pixel of padding right and below."""
         top = (self.graph_size[0] - window.height) // 2
         left = (self.graph_size[1] - window.width) // 2
         return slice(top, top + window.height), slice(left, left + window.width)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def check_fit(fit: str) -> None:

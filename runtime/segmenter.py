@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .backends import Backend, Features, choose_backend
 from .bundle import Bundle, open_bundle
 from .errors import BackendError, InputError, TclkitError
+from .fitted_masks import FittedMasks
 from .labels import labels_from_masks, without_contrast
 from .pamr import highest_refined, refine_masks, resize_with_corners
 from .prefetch import prefetched
@@ -129,6 +130,22 @@ class _Seen:
     features: Iterable[Features]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Run:
+    """What one run of the image graph made, and how long it took."""
+
+    features: Features
+    elapsed_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _LookedAt:
+    """An image and the first run of the image graph on it; None where the stream was closed before."""
+
+    prepared: _Prepared
+    first: _Run | None
+
+
 class Segmenter:
     """Finds the pixels that words name.
 
@@ -175,6 +192,7 @@ class Segmenter:
         self._remembered: collections.OrderedDict[tuple[str, ...], PromptSet] = collections.OrderedDict()
         self._warned_words: set[str] = set()
         self._owner: threading.Thread | None = None
+        self._backend_lock = threading.Lock()  # `stream` runs the image graph in a thread
         self._counters = {"images": 0, "windows": 0, "text_encoder_runs": 0, "text_cache_hits": 0}
         self._total_ms: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._pad_rgb = _bytes_from_mean(bundle.manifest.preprocessing.mean)
@@ -266,8 +284,8 @@ class Segmenter:
             embedded = embed_prompts(
                 prompts,
                 templates=self.bundle.manifest.templates,
-                tokenizer=self._opened_tokenizer(),
-                encode_text=self.backend.encode_text,
+                tokenizer=self._opened_tokenizer,
+                encode_text=self._encode_text,
                 text_encoder_hash=self.bundle.text_encoder_hash,
                 cache=self.cache,
             )
@@ -364,7 +382,7 @@ class Segmenter:
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
         fitted = self._fitted_masks(_seen(features), prompt_set, options, {})
-        return resize_masks(fitted, features.plan.source_size)
+        return resize_masks(fitted.array(), features.plan.source_size)
 
     def stream(
         self,
@@ -378,10 +396,18 @@ class Segmenter:
         fit: str = "whole",
         contrast: Prompts | None = None,
     ) -> Generator[Segmentation, None, None]:
-        """Segment frames one after another; the next is fetched and prepared while the model runs on the current one.
+        """Segment frames one after another, and work on the next ones while the caller draws the current one.
 
-        A thread takes the frames, one ahead, and copies each, so that a camera may use its buffer again. What `frames`
-        raises is raised here, after the results of the frames before it. Closing the generator ends the thread.
+        Two threads run ahead. The first takes a frame, copies it, so that a camera may use its buffer again, and
+        resizes it. The second runs the image graph, of several windows the first run. While the caller has frame i, the
+        image graph runs on frame i + 1 and frame i + 2 is fetched and resized; no frame beyond it is taken. The rest,
+        which is comparing with the prompts, PAMR and labelling, is done in the caller's thread when it asks for the
+        next result, so prompts may change until then. The backend is never used by two threads at once: the image graph
+        starts on a frame when the frame before it was compared, and a call of this Segmenter from within the loop waits
+        until the graph has run.
+
+        What `frames` raises is raised here, after the results of the frames before it. Closing the generator ends the
+        threads.
 
         Args:
             frames: images as in a call; a generator will do.
@@ -400,12 +426,28 @@ class Segmenter:
     def _streamed(
         self, frames: Iterable[NDArray[np.uint8]], ask: Callable[[], _Asked], options: _Options, fit: str
     ) -> Generator[Segmentation, None, None]:
-        prepared_frames = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit))
+        turn = threading.Semaphore(1)  # of the image graph; passed on when the frame before was compared
+        is_closed = threading.Event()
+
+        def look(prepared: _Prepared) -> _LookedAt:
+            turn.acquire()
+            return _LookedAt(prepared=prepared, first=None if is_closed.is_set() else self._first_run(prepared))
+
+        looked_at = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit), look)
         try:
-            for prepared in prepared_frames:
-                yield self._segment(prepared, ask(), options)
+            for one in looked_at:
+                yield self._segment(one.prepared, ask(), options, first=one.first, compared=turn.release)
         finally:
-            prepared_frames.close()
+            is_closed.set()
+            turn.release()  # the thread may wait for it
+            looked_at.close()
+
+    def _first_run(self, prepared: _Prepared) -> _Run:
+        """Run the image graph on the first windows of an image; counts nothing, since `stream` does it in a thread."""
+        start = time.perf_counter()
+        windows = next(iter(self._runs(prepared.fitted[0].inputs)))
+        features = self._image_features(windows)
+        return _Run(features=features, elapsed_ms=_elapsed_ms(start))
 
     def _prepare(self, image_hwc: NDArray[np.uint8], fit: str) -> _Prepared:
         """Resize and cut; touches nothing of the Segmenter that changes, so that `stream` may do it in its thread."""
@@ -420,28 +462,60 @@ class Segmenter:
         fitted = tuple(_Fitted(plan=plan, inputs=tuple(plan.inputs(image, self._pad_rgb))) for plan in plans)
         return _Prepared(image_hwc=image, fitted=fitted, preprocess_ms=_elapsed_ms(start))
 
-    def _segment(self, prepared: _Prepared, asked: _Asked, options: _Options) -> Segmentation:
+    def _segment(
+        self,
+        prepared: _Prepared,
+        asked: _Asked,
+        options: _Options,
+        *,
+        first: _Run | None = None,
+        compared: Callable[[], None] = lambda: None,
+    ) -> Segmentation:
+        """Segment a prepared image.
+
+        Args:
+            prepared: the image.
+            asked: prompts.
+            options: how masks become labels.
+            first: run of the image graph at the first scale, where it was made already.
+            compared: called when the backend is not needed any more.
+        """
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
         self._total_ms["preprocess"] += prepared.preprocess_ms
         seen = [
-            _Seen(plan=one.plan, inputs=one.inputs, features=self._window_features(one.inputs, timings))
-            for one in prepared.fitted
+            _Seen(
+                plan=one.plan,
+                inputs=one.inputs,
+                features=self._window_features(one.inputs, timings, first if index == 0 else None),
+            )
+            for index, one in enumerate(prepared.fitted)
         ]
         fitted = self._fitted_masks(seen, asked.every, options, timings)
+        compared()
         self._counters["images"] += 1
         return self._labelled(prepared.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
-    def _window_features(self, inputs: Sequence[NDArray[np.uint8]], timings: dict[str, float]) -> Iterator[Features]:
+    def _window_features(
+        self, inputs: Sequence[NDArray[np.uint8]], timings: dict[str, float], first: _Run | None = None
+    ) -> Iterator[Features]:
         """Features run by run of the image graph, so that those of many windows need not be held."""
-        for windows in self._runs(inputs):
-            with self._timed("image", timings):
-                images = np.stack(windows)
-                if self.flip:
-                    images = np.concatenate([images, images[:, :, ::-1]])
-                features = self.backend.image_features(images)
-            self._counters["windows"] += len(images)
-            yield features
+        for number, windows in enumerate(self._runs(inputs)):
+            if number == 0 and first is not None:
+                run = first
+            else:
+                start = time.perf_counter()
+                run = _Run(features=self._image_features(windows), elapsed_ms=_elapsed_ms(start))
+            self._note_ms("image", run.elapsed_ms, timings)
+            self._counters["windows"] += len(windows) * (2 if self.flip else 1)
+            yield run.features
+
+    def _image_features(self, windows: Sequence[NDArray[np.uint8]]) -> Features:
+        images = windows[0][None] if len(windows) == 1 else np.stack(windows)
+        if self.flip:
+            images = np.concatenate([images, images[:, :, ::-1]])
+        with self._backend_lock:
+            return self.backend.image_features(images)
 
     def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
         """Windows that go through the image graph together."""
@@ -450,8 +524,8 @@ class Segmenter:
 
     def _fitted_masks(
         self, seen: Sequence[_Seen], prompts: PromptSet, options: _Options, timings: dict[str, float]
-    ) -> NDArray[np.float32]:
-        """(N, h, w) float32 soft masks at the size the model saw the image; the mean over scales at the finest's."""
+    ) -> FittedMasks:
+        """N soft masks at the size the model saw the image; the mean over scales at the finest's."""
         scales = [self._all_window_masks(one, prompts, options, timings) for one in seen]
         if options.pamr:
             scales = self._all_refined([list(windows) for windows in scales], options, timings)
@@ -485,7 +559,8 @@ class Segmenter:
 
     def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
         """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""
-        masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
+        with self._backend_lock:
+            masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
         if not self.flip:
             return masks_BNhw
         straight, mirrored = np.split(masks_BNhw, 2)
@@ -533,21 +608,21 @@ class Segmenter:
         self,
         image_hwc: NDArray[np.uint8],
         plans: Sequence[FitPlan],
-        fitted: NDArray[np.float32],
+        fitted: FittedMasks,
         asked: _Asked,
         options: _Options,
         timings: dict[str, float],
     ) -> Segmentation:
         with self._timed("labels", timings):
-            labels = labels_from_masks(fitted, plans[0].source_size, options.threshold)
+            label_map = labels_from_masks(fitted, plans[0].source_size, options.threshold)
             if asked.count < len(asked.every):
-                labels = without_contrast(labels, asked.count)
+                label_map = without_contrast(label_map, asked.count)
         return segmentation_from_masks(
             image_hwc,
             asked.every.names[: asked.count],
-            fitted[: asked.count],
+            fitted.first(asked.count),
             options.threshold,
-            labels=labels,
+            label_map=label_map,
             settings={
                 "fit": plans[0].fit,
                 "kp_w": options.kp_w,
@@ -608,6 +683,10 @@ class Segmenter:
         if len(self._remembered) > _REMEMBERED_PROMPT_SETS:
             self._remembered.popitem(last=False)
 
+    def _encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
+        with self._backend_lock:
+            return self.backend.encode_text(token_ids_ML)
+
     def _opened_tokenizer(self) -> "Tokenizer":
         from .tokenizer import Tokenizer
 
@@ -638,25 +717,27 @@ class Segmenter:
     def _timed(self, stage: str, timings: dict[str, float]) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        elapsed = _elapsed_ms(start)
-        timings[stage] = timings.get(stage, 0.0) + elapsed
-        self._total_ms[stage] += elapsed
+        self._note_ms(stage, _elapsed_ms(start), timings)
+
+    def _note_ms(self, stage: str, elapsed_ms: float, timings: dict[str, float]) -> None:
+        timings[stage] = timings.get(stage, 0.0) + elapsed_ms
+        self._total_ms[stage] += elapsed_ms
 
 
 def _seen(features: ImageFeatures) -> list[_Seen]:
     return [_Seen(plan=one.plan, inputs=one.inputs, features=one.features) for one in (features, *features.smaller)]
 
 
-def _mean_over_scales(joined: Iterator[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
-    """The mean of masks (N, h, w) at the size of the first, which is the finest; a single one is left as it is."""
-    total = next(joined)
+def _mean_over_scales(joined: Iterator[FittedMasks], count: int) -> FittedMasks:
+    """The mean of masks at the size of the first, which is the finest; a single one is left as it is."""
+    finest = next(joined)
     if count == 1:
-        return total
-    total = np.array(total, np.float32)
+        return finest
+    total = np.array(finest.array(), np.float32)
     for masks in joined:
-        total += resize_masks(masks, (total.shape[1], total.shape[2]))
+        total += resize_masks(masks.array(), (total.shape[1], total.shape[2]))
     total /= count
-    return total
+    return FittedMasks.from_array(total)
 
 
 def _prompts_to_refine(scales: Sequence[Sequence[_WindowMasks]], options: _Options) -> NDArray[np.bool_]:

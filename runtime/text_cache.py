@@ -21,7 +21,7 @@ from .files import cache_folder
 
 _SCHEMA_VERSION = 1
 _BUSY_SECONDS = 10.0
-_KEYS_PER_QUERY = 500  # SQLite builds allow at least 999 variables
+_KEYS_PER_QUERY = 30_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # the most variables of a statement
 _TABLE = """CREATE TABLE IF NOT EXISTS embeddings (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, vector BLOB NOT NULL, crc32 INTEGER NOT NULL)"""
 _log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from .errors import BundleError, InputError
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
 _SHOWN_CHARACTERS = 60
+_NEEDS_MENDING = re.compile(r"[^\t\n\r -~]|&")  # printable ASCII has neither mojibake nor, without &, entities
 
 
 def clean_text(text: str) -> str:
@@ -24,16 +25,17 @@ def clean_text(text: str) -> str:
 
     Source: CLIP (Radford et al., 2021), simple_tokenizer.py.
     """
-    from ftfy import fix_text
-
     if not isinstance(text, str):
         raise InputError(f"a prompt should be a text, found {type(text).__name__}: {shortened(repr(text))}")
     try:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError as error:
         raise InputError(f"the text {shortened(repr(text))} is not valid Unicode. Pass it as UTF-8") from error
-    unescaped = html.unescape(html.unescape(fix_text(text)))  # twice, as CLIP does
-    return re.sub(r"\s+", " ", unescaped).strip().lower()
+    if _NEEDS_MENDING.search(text) is not None:
+        from ftfy import fix_text  # loads tables of Unicode, which few prompts need
+
+        text = html.unescape(html.unescape(fix_text(text)))  # twice, as CLIP does
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 class Tokenizer:

@@ -1,16 +1,21 @@
 """Prompts become embeddings once, and the same ones whether cached or not."""
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from tclkit.runtime import embedding
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.embedding import EmbeddedPrompts, embed_prompts, ensemble
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tclkit.runtime.prompts import expand_prompt
 from tclkit.runtime.text_cache import TextCache
 from tclkit.runtime.tokenizer import Tokenizer
 
@@ -84,11 +89,78 @@ def test_spelling_does_not_matter_to_the_cache(embed: Embed, tmp_path: Path) -> 
     assert done.prompts.names == ("A Red Circle.",)
 
 
-def test_many_prompts_are_run_in_pieces(embed: Embed) -> None:
-    names = [f"red {number}" for number in range(100, 160)]
-    done = embed(names)
-    assert done.text_encoder_runs == 3  # 60 prompts x 3 templates, 64 texts a run
-    np.testing.assert_allclose(done.prompts.embeddings[7], embed([names[7]]).prompts.embeddings[0], atol=1e-6)
+@pytest.fixture
+def noted_runs(bundle: Bundle) -> tuple[Callable[[NDArray[np.int64]], NDArray[np.float32]], list[tuple[int, ...]]]:
+    """The text graph, and the shapes it was run on."""
+    encode, shapes = OnnxRuntimeBackend(bundle, threads=1).encode_text, []
+
+    def noting(token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
+        shapes.append(token_ids_ML.shape)
+        return encode(token_ids_ML)
+
+    return noting, shapes
+
+
+@pytest.mark.parametrize(("tokens", "count", "runs"), [(10_000, 60, 1), (512, 60, 5), (77, 3, 2), (1, 2, 6)])
+def test_texts_of_all_prompts_run_together_shortest_first(
+    bundle: Bundle,
+    noted_runs: tuple[Callable[[NDArray[np.int64]], NDArray[np.float32]], list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    count: int,
+    runs: int,
+) -> None:
+    monkeypatch.setattr(embedding, "_TOKENS_PER_RUN", tokens)
+    encode, shapes = noted_runs
+    tokenizer = Tokenizer.from_bundle(bundle)
+    names = [f"red {'circle ' * (number % 5)}{number}".strip() for number in range(count)]
+    done = embed_prompts(
+        names,
+        templates=bundle.manifest.templates,
+        tokenizer=tokenizer,
+        encode_text=encode,
+        text_encoder_hash=bundle.text_encoder_hash,
+    )
+    assert done.text_encoder_runs == len(shapes) == runs
+    assert sum(shape[0] for shape in shapes) == 3 * count
+    lengths = [shape[1] for shape in shapes]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] < 77
+    assert all(texts == 1 or texts * length <= tokens for texts, length in shapes)
+    for name, vector in zip(names, done.prompts.embeddings, strict=True):
+        texts = expand_prompt(name, bundle.manifest.templates)
+        padded = ensemble(encode(tokenizer.encode(texts, pad_to=77)))
+        np.testing.assert_allclose(vector, padded, atol=1e-6)
+
+
+def test_cached_prompts_need_no_tokenizer_and_one_read(
+    embed: Embed, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"red {number}" for number in range(700)]
+    first = embed(names, TextCache(tmp_path / "c.sqlite"))
+    statements: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    def refused(*_: object) -> Any:
+        raise AssertionError("not needed for cached prompts")
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    done = embed_prompts(
+        names,
+        templates=bundle.manifest.templates,
+        tokenizer=refused,
+        encode_text=refused,
+        text_encoder_hash=bundle.text_encoder_hash,
+        cache=TextCache(tmp_path / "c.sqlite"),
+    )
+    assert (done.cache_hits, done.text_encoder_runs) == (700, 0)
+    assert len([statement for statement in statements if statement.startswith("SELECT")]) == 1
+    np.testing.assert_array_equal(done.prompts.embeddings, first.prompts.embeddings)
 
 
 def test_without_a_cache_nothing_is_kept(embed: Embed) -> None:

@@ -92,15 +92,59 @@ def test_a_source_that_blocks_is_left_and_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.05)
-    release = threading.Event()
+    entered, release = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
         yield 1
+        entered.set()
         release.wait(10)
 
     results = prefetched(source(), int)
     next(results)
+    assert entered.wait(10)
     with caplog.at_level(logging.WARNING):
         results.close()
     assert "source of frames has not answered" in caplog.text
     release.set()
+
+
+def test_two_functions_run_in_two_threads_in_order() -> None:
+    seen: dict[str, set[str]] = {"prepare": set(), "then": set()}
+
+    def noting(what: str, value: int) -> int:
+        seen[what].add(str(threading.get_ident()))
+        return value + 1
+
+    results = prefetched(range(50), lambda n: noting("prepare", n), lambda n: noting("then", n) * 10)
+    assert list(results) == [(n + 2) * 10 for n in range(50)]
+    assert len(seen["prepare"] | seen["then"] | {str(threading.get_ident())}) == 3
+    assert threads() == 0
+
+
+def test_two_functions_are_two_items_ahead_and_no_further() -> None:
+    taken: list[int] = []
+    results = prefetched(map(taken.append, range(100)), str, str)
+    for number in range(3):
+        next(results)
+        time.sleep(0.05)
+        assert len(taken) == number + 3
+    results.close()
+    assert threads() == 0
+
+
+@pytest.mark.parametrize("read", [0, 1, 3])
+def test_closing_ends_both_threads(read: int) -> None:
+    for _ in range(20):
+        results = prefetched(iter(range(10)), str, int)
+        for _ in range(read):
+            next(results)
+        results.close()
+        assert threads() == 0
+
+
+def test_what_the_second_function_raises_passes_through_in_its_place() -> None:
+    results = prefetched([4, 2, 0, 1], int, lambda number: 4 // number)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert threads() == 0

@@ -83,7 +83,7 @@ def test_whole_pads_with_the_mean_and_crops_it_off_again() -> None:
     assert (padded[47:] == GREY).all()
     masks = np.zeros((2, 64, 64), np.float32)
     masks[:, 17:47] = 1
-    assert (plan.join(iter([masks]), 2) == 1).all()
+    assert (plan.join(iter([masks]), 2).array() == 1).all()
 
 
 def test_an_odd_pixel_of_padding_goes_right_and_below() -> None:
@@ -135,7 +135,7 @@ def test_slide_covers_the_image_as_the_protocol_does() -> None:
     np.testing.assert_array_equal(first, resized[:, :448])
     np.testing.assert_array_equal(second, resized[:, 149:])
     masks = np.linspace(0, 1, 597, dtype=np.float32)[None, None].repeat(448, axis=1)
-    joined = plan.join(iter([masks[..., :448], masks[..., 149:]]), 1)
+    joined = plan.join(iter([masks[..., :448], masks[..., 149:]]), 1).array()
     np.testing.assert_allclose(joined, masks, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_slide_pads_what_is_smaller_than_the_window() -> None:
 
 def test_masks_on_the_grid_are_brought_to_pixels() -> None:
     plan = plan_fit((448, 448), SQUARE)
-    joined = plan.join(iter([np.full((3, 112, 112), 0.5, np.float32)]), 3)
+    joined = plan.join(iter([np.full((3, 112, 112), 0.5, np.float32)]), 3).array()
     assert joined.shape == (3, 448, 448)
     assert (joined == 0.5).all()
 

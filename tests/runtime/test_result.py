@@ -88,21 +88,33 @@ def test_overlay_that_cannot_be_saved(result: Segmentation, tmp_path: Path) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_failed_write_leaves_the_old_file(
-    result: Segmentation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: Segmentation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    path = tmp_path / "overlay.png"
+    path = tmp_path / f"overlay{suffix}"
     path.write_text("old")
 
-    def full_disk(self: Image.Image, where: Path, *args: object, **options: object) -> None:
-        where.write_bytes(b"half")
+    def full_disk(where: Path, *_: object) -> None:
+        with where.open("wb") as stream:
+            stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(Image.Image, "save", lambda _, where, *options, **more: full_disk(where))
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         result.save_overlay(path)
     assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["overlay.png"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_areas_scores_and_masks_are_made_when_they_are_asked_for(result: Segmentation) -> None:
+    made = {"areas", "scores", "peaks", "fitted_masks", "soft_masks"}
+    assert not made & set(vars(result))
+    assert result.areas is result.areas
+    assert made & set(vars(result)) == {"areas"}
+    result.to_dict()
+    assert "soft_masks" not in vars(result)
 
 
 def test_size_that_a_format_cannot_hold(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -327,6 +328,134 @@ def test_stream_passes_exceptions_and_cleans_up(segmenter: Segmenter, scene: Ima
         segmenter.stream([scene], [])
 
 
+class NotedBackend:
+    """A backend that notes which call runs in which thread, and whether two ever run at once."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.images_run = threading.Semaphore(0)
+        self.image_threads: list[str] = []
+        self.mask_threads: list[str] = []
+        self.overlapped = False
+        self._running = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def image_features(self, images_BHWC: NDArray[np.uint8]) -> Features:
+        self.image_threads.append(threading.current_thread().name)
+        features: Features = self._noted(self.backend.image_features, images_BHWC)
+        self.images_run.release()
+        return features
+
+    def masks(self, features: Features, text: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
+        self.mask_threads.append(threading.current_thread().name)
+        masks: NDArray[np.float32] = self._noted(self.backend.masks, features, text, kp_w)
+        return masks
+
+    def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self._noted(self.backend.encode_text, token_ids_ML)
+        return vectors
+
+    def _noted(self, run: Callable[..., Any], *arguments: object) -> Any:
+        self._running += 1
+        self.overlapped |= self._running > 1
+        time.sleep(0.002)  # two at once would meet here
+        try:
+            return run(*arguments)
+        finally:
+            self._running -= 1
+
+
+@pytest.fixture
+def noted(segmenter: Segmenter) -> NotedBackend:
+    backend = NotedBackend(segmenter.backend)
+    segmenter.backend = backend
+    return backend
+
+
+def test_stream_runs_the_image_graph_while_the_caller_draws(
+    segmenter: Segmenter, noted: NotedBackend, scene: Image
+) -> None:
+    taken: list[int] = []
+
+    def camera() -> Iterator[Image]:
+        for number in range(6):
+            taken.append(number)
+            yield scene
+
+    for number, result in enumerate(segmenter.stream(camera(), NAMES)):
+        assert noted.images_run.acquire(timeout=10)  # of this frame
+        if number < 5:  # the next one's runs to its end before the caller asks for it
+            assert noted.images_run.acquire(timeout=10)
+            noted.images_run.release()
+        assert len(noted.image_threads) <= number + 2  # and no further
+        deadline = time.monotonic() + 10
+        while len(taken) < min(6, number + 3) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert len(taken) == min(6, number + 3)
+        assert result.counters["images"] == result.counters["windows"] == number + 1  # not what runs ahead
+    assert set(noted.image_threads) == {"tclkit-prefetch"}
+    assert set(noted.mask_threads) == {threading.current_thread().name}
+    assert segmenter.stats.windows == 6
+
+
+def test_stream_asks_for_prompts_in_the_callers_thread_once_a_frame(segmenter: Segmenter, scene: Image) -> None:
+    asked: list[str] = []
+
+    def ask() -> list[str]:
+        asked.append(threading.current_thread().name)
+        return NAMES
+
+    for number, _ in enumerate(segmenter.stream([scene] * 4, ask)):
+        assert asked == [threading.current_thread().name] * (number + 1)
+    assert len(asked) == 4
+
+
+def test_the_backend_is_never_used_by_two_threads_at_once(
+    segmenter: Segmenter, noted: NotedBackend, scene: Image, paint: Callable[..., Image]
+) -> None:
+    wide = paint((64, 230), red=(0, 40, 0, 100))
+    expected = segmenter(wide, NAMES, fit="slide").label_map
+    for number, result in enumerate(segmenter.stream([wide] * 8, NAMES, fit="slide")):
+        np.testing.assert_array_equal(result.label_map, expected)
+        segmenter(scene, [f"red {number}"])
+    assert not noted.overlapped
+
+
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_a_stream_that_is_closed_early_leaves_no_thread(
+    segmenter: Segmenter, noted: NotedBackend, scene: Image, read: int
+) -> None:
+    for _ in range(5):
+        before = len(noted.image_threads)
+        results = segmenter.stream([scene] * 100, NAMES)
+        for _ in range(read):
+            next(results)
+        results.close()
+        assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+        assert len(noted.image_threads) - before <= read + 1
+
+
+def test_an_image_that_the_model_cannot_run_comes_after_those_before_it(
+    segmenter: Segmenter, scene: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, count = segmenter.backend.image_features, iter(range(10))
+
+    def failing(images_BHWC: NDArray[np.uint8]) -> Features:
+        if next(count) == 2:
+            raise BackendError("out of memory", backend="tiny")
+        return run(images_BHWC)
+
+    monkeypatch.setattr(segmenter.backend, "image_features", failing)
+    results = segmenter.stream([scene] * 5, NAMES)
+    assert len([next(results), next(results)]) == 2
+    with pytest.raises(BackendError, match="out of memory"):
+        next(results)
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+
+
 def test_timings_add_up(segmenter: Segmenter, scene: Image) -> None:
     results = [segmenter(scene, NAMES, pamr=True) for _ in range(2)]
     for stage in ("preprocess", "image", "masks", "pamr", "labels"):
@@ -390,7 +519,7 @@ def test_pamr_leaves_out_prompts_that_cannot_label_a_pixel(
     features = segmenter.features(image, fit=fit)
     everything = segmenter.masks(features, names, kp_w=kp_w, pamr=True)
     assert refined_counts[windows:] == [5] * windows  # type: ignore[operator,misc]
-    expected = labels_from_masks(everything, image.shape[:2], result.threshold).label_map
+    expected = labels_from_masks(everything, image.shape[:2], result.threshold)
     assert (result.label_map == expected).mean() > 0.999  # both resize in another order: rounding at borders
     for name in ("red", "blue"):
         np.testing.assert_allclose(result.soft_mask(name), everything[names.index(name)], atol=1e-5)
@@ -505,7 +634,7 @@ def test_pamr_over_scales_refines_what_their_mean_may_label(
         refined_counts.clear()
         result = segmenter(image, names, kp_w=kp_w, pamr=True, threshold=threshold)
         assert refined_counts == [count, count]
-        expected = labels_from_masks(everything, (128, 128), threshold).label_map
+        expected = labels_from_masks(everything, (128, 128), threshold)
         np.testing.assert_array_equal(result.label_map, expected)
 
 

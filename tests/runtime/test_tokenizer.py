@@ -1,11 +1,15 @@
 """Token ids equal the authors', on their strings and on every prompt of the published protocol."""
 
+import html
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -164,3 +168,21 @@ def test_a_tokenizer_without_the_special_tokens(tiny: ModuleType) -> None:
 def test_the_context_holds_at_least_one_token_of_text(clip_json: str) -> None:
     with pytest.raises(InputError, match="3 or more, found 2"):
         Tokenizer(clip_json, 2)
+
+
+def test_cleaning_printable_ascii_is_what_ftfy_makes_of_it() -> None:
+    characters = "".join(map(chr, range(32, 127))).replace("&", "") + "\t\n\r"
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(draw.choice(list(characters), draw.integers(1, 40)))
+        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean_text(text) == " ".join(mended.split()).lower()
+    assert clean_text("cat &amp;lt; dog") == "cat < dog"
+
+
+def test_plain_prompts_load_no_tables_of_unicode() -> None:
+    code = (
+        "from tclkit.runtime.tokenizer import clean_text; clean_text('A cat'); import sys; print('ftfy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
