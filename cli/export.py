@@ -33,6 +33,17 @@ class Decoder(str, Enum):
     WINOGRAD4 = "winograd4"
 
 
+DecoderOption = Annotated[
+    Decoder,
+    typer.Option(
+        "--decoder",
+        metavar="FORM",
+        help="How the decoder is written: direct, phases, differences, winograd2, winograd4. All compute the same; take "
+        "winograd4 where a processor runs the model.",
+    ),
+]
+
+
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")],
@@ -53,14 +64,7 @@ def export(
             help="Of CLIP's own masks: self, as published, or neighbours (NACLIP's way; not measured on photographs).",
         ),
     ] = KpAttention.SELF,
-    decoder: Annotated[
-        Decoder,
-        typer.Option(
-            "--decoder",
-            metavar="FORM",
-            help="How the decoder is written: direct, phases, differences, winograd2, winograd4. All compute the same.",
-        ),
-    ] = Decoder.WINOGRAD4,
+    decoder: DecoderOption = Decoder.DIRECT,
     debug: DebugOption = False,
 ) -> None:
     """Write the bundle of a checkpoint, each graph compared with torch."""

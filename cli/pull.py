@@ -8,7 +8,7 @@ import typer
 from ._console import DebugOption, require_extra
 from ._progress import work_display
 from ._settings import ClipOption, SizeOption
-from .export import parse_sizes, report_bundle
+from .export import Decoder, DecoderOption, parse_sizes, report_bundle
 
 
 def pull(
@@ -28,6 +28,7 @@ def pull(
         str | None, typer.Option("--sha256", metavar="HASH", help="Refuse a checkpoint that has another hash.")
     ] = None,
     sizes: SizeOption = None,
+    decoder: DecoderOption = Decoder.DIRECT,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle. Default: where models live."),
@@ -50,6 +51,7 @@ def pull(
             sha256=sha256,
             out=output,
             sizes=wanted,
+            decoder=decoder.value,
             progress=display.download,
             export_progress=display.step,
         )

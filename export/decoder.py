@@ -40,7 +40,7 @@ from tclkit.tcl.grounder import GatedConv, UpsamplingBlock
 
 DecoderForm = Literal["direct", "phases", "differences", "winograd2", "winograd4"]
 DECODER_FORMS: tuple[DecoderForm, ...] = get_args(DecoderForm)
-DEFAULT_DECODER: DecoderForm = "winograd4"
+DEFAULT_DECODER: DecoderForm = "direct"  # GPUs have kernels for it; processors gain by winograd4
 
 _Rows = tuple[tuple[float, ...], ...]
 _Grid = list[list[Tensor]]

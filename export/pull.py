@@ -15,6 +15,7 @@ from tclkit.runtime.errors import BundleError, CheckpointError, DownloadError, I
 from tclkit.runtime.files import cache_folder, models_folder, sha256_from_file
 
 from .bundle_writer import ExportProgress, export_bundle
+from .decoder import DEFAULT_DECODER, DecoderForm
 from .download import download
 
 DownloadProgress = Callable[[str, int, int | None], None]
@@ -53,6 +54,7 @@ def pull(
     sha256: str | None = None,
     out: str | Path | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
+    decoder: DecoderForm = DEFAULT_DECODER,
     progress: DownloadProgress | None = None,
     export_progress: ExportProgress | None = None,
 ) -> Path:
@@ -71,7 +73,7 @@ def pull(
         sha256: expected hash of the checkpoint.
         out: the bundle's folder; None: `models_folder()`/name, and a whole bundle that is there already is kept when
             nothing else was asked for.
-        sizes: see `export_bundle`.
+        sizes, decoder: see `export_bundle`.
         progress: of downloads.
         export_progress: of building the bundle.
 
@@ -82,7 +84,7 @@ def pull(
     """
     published = _published(name)
     folder = models_folder() / name if out is None else Path(out)
-    if not any((checkpoint, clip, url, clip_url, sha256, out, sizes)) and _is_whole(folder):
+    if not any((checkpoint, clip, url, clip_url, sha256, out, sizes, decoder != DEFAULT_DECODER)) and _is_whole(folder):
         return folder
     sources: dict[str, Any] = {}
     if checkpoint is None:
@@ -92,7 +94,14 @@ def pull(
     if clip is None and not _holds_clip(checkpoint):
         clip = _fetch_clip(published, clip_url, progress, sources)
     return export_bundle(
-        checkpoint, folder, clip=clip, sizes=sizes, name=name, sources=sources, progress=export_progress
+        checkpoint,
+        folder,
+        clip=clip,
+        sizes=sizes,
+        decoder=decoder,
+        name=name,
+        sources=sources,
+        progress=export_progress,
     )
 
 

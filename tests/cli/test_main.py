@@ -16,7 +16,7 @@ OPTIONS = {
     "demo": "--output -o --debug",
     "segment": "image prompts --bank --model -m --backend --precision --exact --output -o --json --threshold "
     "--background --no-background --pamr --kp --fit --flip --scales --contrast --debug",
-    "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --output -o --debug",
+    "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --decoder --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --kp-attention --decoder --debug",
     "build-engine": "--model -m --fp16 --int8 --bf16 --fp32 --device --calibration --calibration-images --seed "
     "--decoder-only --auto --ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine --size "
