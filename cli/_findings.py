@@ -19,11 +19,11 @@ def print_findings(result: "Segmentation") -> None:
 
     from tclkit.runtime.palette import label_colours
 
-    console, counts = printer(), region_counts(result)
+    console, counts = printer(), result.region_counts()
     rows = table("prompt", "area", "regions", right=("area", "regions"))
     for (name, share), (red, green, blue) in zip(result.areas.items(), label_colours(len(result.areas)), strict=True):
         swatch = ("■ ", f"rgb({red},{green},{blue})") if console.is_terminal else ""
-        rows.add_row(Text.assemble(swatch, name), share_text(share), str(counts.get(name, 0)))
+        rows.add_row(Text.assemble(swatch, name), share_text(share), str(counts[name]))
     console.print(rows)
 
 
@@ -31,14 +31,6 @@ def findings_line(result: "Segmentation") -> str:
     """Say in one line what was found, the largest first: 'red circle 12.3 %, green star 4.0 %'."""
     found = sorted(((share, name) for name, share in result.areas.items() if share >= _SMALLEST_SHARE), reverse=True)
     return ", ".join(f"{name} {share_text(share)}" for share, name in found) or "nothing found"
-
-
-def region_counts(result: "Segmentation") -> dict[str, int]:
-    """Number of connected regions of each prompt that has any."""
-    counts: dict[str, int] = {}
-    for region in result.regions():
-        counts[region.name] = counts.get(region.name, 0) + 1
-    return counts
 
 
 def share_text(share: float) -> str:

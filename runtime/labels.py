@@ -91,7 +91,7 @@ def count_labels(label_map: NDArray[np.int16], count: int) -> NDArray[np.int64]:
     """Pixels of the background and of each of `count` prompts: (1 + count,) int64.
 
     Args:
-        label_map: (H, W) integers from -1 to count - 1.
+        label_map: (H, W) integers from -1 on; those from `count` on are not counted.
         count: N.
     """
     flat, total = label_map.ravel(), np.zeros(1 + count, np.int64)
@@ -99,7 +99,7 @@ def count_labels(label_map: NDArray[np.int16], count: int) -> NDArray[np.int64]:
     for start in range(0, len(flat), step):
         shifted = flat[start : start + step].astype(np.intp)
         shifted -= BACKGROUND
-        total += np.bincount(shifted, minlength=1 + count)
+        total += np.bincount(shifted, minlength=1 + count)[: 1 + count]
     return total
 
 

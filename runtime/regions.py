@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from .labels import count_labels
+
 Ring = NDArray[np.int32]  # (K, 2) x, y
 
 
@@ -50,22 +52,46 @@ def regions_from_label_map(
             simplified ring is no longer guaranteed not to touch others.
     """
     regions: list[Region] = []
-    for index, name in enumerate(names):
+    for index in _present(label_map, len(names)):
         mask, left, top = _cropped_mask(label_map, index)
-        count, components, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-        order = sorted(range(1, count), key=lambda component: -int(stats[component, cv2.CC_STAT_AREA]))
-        for component in order:
+        _, components, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
+        for component in _largest_first(stats, min_area_px):
             x, y, width, height, area_px = (int(value) for value in stats[component])
-            if area_px < max(1, min_area_px):
-                break
             inside = components[y : y + height, x : x + width] == component
             offset = np.array([left + x, top + y], np.int32)
             outer, *holes = (simplified_ring(ring + offset, simplify_px) for ring in rings_from_mask(inside))
             box = (left + x, top + y, left + x + width, top + y + height)
             regions.append(
-                Region(name=name, index=index, area_px=area_px, box=box, outer=outer, holes=tuple(holes)),
+                Region(name=names[index], index=index, area_px=area_px, box=box, outer=outer, holes=tuple(holes)),
             )
     return regions
+
+
+def count_regions(label_map: NDArray[np.int16], count: int, *, min_area_px: int = 1) -> list[int]:
+    """Number of regions of each prompt, as many as `regions_from_label_map` finds, without tracing them.
+
+    Args:
+        label_map: (H, W) integers; -1 is background, i the i-th prompt.
+        count: prompts.
+        min_area_px: smaller regions are left out.
+    """
+    counts = [0] * count
+    for index in _present(label_map, count):
+        mask, _, _ = _cropped_mask(label_map, index)
+        _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
+        counts[index] = len(_largest_first(stats, min_area_px))
+    return counts
+
+
+def _present(label_map: NDArray[np.int16], count: int) -> list[int]:
+    return [int(index) for index in np.flatnonzero(count_labels(label_map, count)[1:])]
+
+
+def _largest_first(stats: "cv2.typing.MatLike", min_area_px: int) -> list[int]:
+    """Components that are large enough, as OpenCV numbers them; number 0 is the background."""
+    areas = stats[:, cv2.CC_STAT_AREA].tolist()
+    order = sorted(range(1, len(areas)), key=lambda component: -areas[component])
+    return [component for component in order if areas[component] >= max(1, min_area_px)]
 
 
 def _cropped_mask(label_map: NDArray[np.int16], index: int) -> tuple[NDArray[np.uint8], int, int]:

@@ -123,8 +123,19 @@ class Segmentation:
         """
         from .regions import regions_from_label_map
 
-        min_area_px = round(min_area_fraction * self.label_map.size)
+        min_area_px = self._pixels(min_area_fraction)
         return regions_from_label_map(self.label_map, self.names, min_area_px=min_area_px, simplify_px=simplify_px)
+
+    def region_counts(self, *, min_area_fraction: float = _SMALLEST_REGION) -> dict[str, int]:
+        """Prompt -> number of its regions, without tracing them; see `regions`.
+
+        Args:
+            min_area_fraction: as `regions`.
+        """
+        from .regions import count_regions
+
+        counts = count_regions(self.label_map, len(self.names), min_area_px=self._pixels(min_area_fraction))
+        return dict(zip(self.names, counts, strict=True))
 
     def overlay(
         self,
@@ -199,6 +210,9 @@ class Segmentation:
             "timings_ms": {stage: round(value, 3) for stage, value in self.timings_ms.items()},
             "counters": dict(self.counters),
         }
+
+    def _pixels(self, fraction: float) -> int:
+        return round(fraction * self.label_map.size)
 
     def _index(self, name: str) -> int:
         if name not in self.names:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_regions(result: Segmentation) -> None:
         ("right", (40, 0, 80, 60)),
     ]
     assert [region.name for region in result.regions(min_area_fraction=0.3)] == ["right"]
+
+
+def test_regions_are_counted_without_being_traced(result: Segmentation, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Counter(region.name for region in result.regions())
+    monkeypatch.setattr("tclkit.runtime.regions.rings_from_mask", None)
+    assert result.region_counts() == {"left": 1, "right": 1, "nowhere": 0} == {name: traced[name] for name in NAMES}
+    assert result.region_counts(min_area_fraction=0.3) == {"left": 0, "right": 1, "nowhere": 0}
 
 
 def test_dict_is_json(result: Segmentation) -> None:
