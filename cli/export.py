@@ -38,8 +38,8 @@ DecoderOption = Annotated[
     typer.Option(
         "--decoder",
         metavar="FORM",
-        help="How the decoder is written: direct, phases, differences, winograd2, winograd4. All compute the same; take "
-        "winograd4 where a processor runs the model.",
+        help="How the decoder is written: direct, phases, differences, winograd2, winograd4. All compute the same; "
+        "take winograd4 where a processor runs the model.",
     ),
 ]
 
