@@ -4,7 +4,6 @@ A model can at best run at this speed: what it reaches of it says what is left t
 is best at, so that no model's own shapes flatter it.
 """
 
-import importlib
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from tclkit.runtime.backends import available_backends
 from tclkit.runtime.errors import BackendError
+from tclkit.runtime.openvino_backend import import_openvino, openvino_core
 
 DATA_TYPES = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 _FLOAT, _INT8 = 1, 3  # TensorProto.DataType
@@ -130,8 +130,8 @@ def _open_onnxruntime(model: bytes, data_type: str, threads: int) -> tuple[str, 
 
 
 def _open_openvino(model: bytes, data_type: str, threads: int) -> tuple[str, _Multiply]:
-    openvino = importlib.import_module("openvino")  # it states no types
-    core, version = openvino.Core(), openvino.get_version().partition("-")[0]
+    openvino, core = import_openvino(), openvino_core()
+    version = openvino.get_version().partition("-")[0]
     if data_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise BackendError(f"this processor does not multiply in bf16 (openvino {version})", backend="openvino")
     compiled = core.compile_model(

@@ -131,10 +131,10 @@ def _cpu() -> "CpuIdentity | str":
     """This processor as OpenVINO sees it, or why it does not."""
     from tclkit.runtime import BackendError
     from tclkit.runtime.cpu_records import cpu_identity
-    from tclkit.runtime.openvino_backend import import_openvino
+    from tclkit.runtime.openvino_backend import openvino_core
 
     try:
-        return cpu_identity(import_openvino().Core())
+        return cpu_identity(openvino_core())
     except BackendError as error:
         return error.message
 

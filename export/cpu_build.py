@@ -19,7 +19,7 @@ from tclkit.runtime.cpu_records import (
     write_cpu_record,
 )
 from tclkit.runtime.errors import BackendError, BundleError
-from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, import_openvino
+from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, openvino_core
 
 from .gates import Verdict
 
@@ -31,7 +31,7 @@ def missing_for_cpu() -> str | None:
     if importlib.util.find_spec("openvino") is None:
         return 'OpenVINO is not installed here (pip install "tclkit[openvino]")'
     try:
-        import_openvino()
+        openvino_core()
     except BackendError as error:
         return error.message
     return None
@@ -43,7 +43,7 @@ def require_cpu_precision(precision: str) -> None:
     Raises:
         BackendError: as said, or OpenVINO is missing.
     """
-    check_cpu_precision(import_openvino().Core(), precision)
+    check_cpu_precision(openvino_core(), precision)
 
 
 def this_cpu() -> CpuIdentity:
@@ -52,7 +52,7 @@ def this_cpu() -> CpuIdentity:
     Raises:
         BackendError: OpenVINO is missing.
     """
-    return cpu_identity(import_openvino().Core())
+    return cpu_identity(openvino_core())
 
 
 def cpu_backend(bundle: Bundle, precision: str) -> OpenVinoBackend:

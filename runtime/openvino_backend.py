@@ -10,6 +10,7 @@ One image is run by a model of that very shape, which is up to a sixth quicker; 
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -78,7 +79,7 @@ class OpenVinoBackend:
         if threads is not None and threads < 1:
             raise InputError(f"threads should be 1 or more, found {threads}")
         self._bundle = bundle
-        self._core = import_openvino().Core()
+        self._core = openvino_core()
         self.identity = cpu_identity(self._core)
         check_cpu_precision(self._core, precision)
         self.float_type = "bf16" if _has_bf16(self._core) and precision != "fp32" else "f32"
@@ -261,7 +262,7 @@ def open_openvino(
         BackendError: OpenVINO is not installed, the processor or the bundle lacks the precision, or it was not judged
             here.
     """
-    core = import_openvino().Core()
+    core = openvino_core()
     identity = cpu_identity(core)
     fitting = fitting_precisions(bundle, identity)
     why = ""
@@ -292,6 +293,20 @@ def import_openvino() -> Any:
         remedy = 'Install it: pip install "tclkit[openvino]", or take --backend onnxruntime'
         raise BackendError(f"openvino cannot be imported ({error}). {remedy}") from error
     return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The process's one `openvino.Core`, which stays until the process ends.
+
+    OpenVINO 2026.4's CPU plugin gives the thread a stack for signals and puts the one before back when it goes. Of two
+    cores of which the older goes first, the younger puts back what is no longer there: the next signal kills the
+    process.
+
+    Raises:
+        BackendError: see `import_openvino`.
+    """
+    return import_openvino().Core()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import openvino
 import pytest
 
 from tclkit.export import cpu_build
@@ -19,10 +18,11 @@ from tclkit.runtime.bundle import find_bundle, open_bundle
 from tclkit.runtime.cpu_records import CPU_RECORDS_FOLDER, read_cpu_records, write_cpu_record
 from tclkit.runtime.errors import BackendError, ConfigError, ParityError
 from tclkit.runtime.files import cache_folder
+from tclkit.runtime.openvino_backend import openvino_core
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.tcl.world import WorldConfig, scenes
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 LOWER = "bf16" if HAS_BF16 else "int8"  # what a processor may be asked for beside float32 without images or with
 
 
@@ -215,5 +215,5 @@ def test_a_broken_openvino_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise BackendError("openvino cannot be imported (no TBB)")
 
-    monkeypatch.setattr(cpu_build, "import_openvino", fails)
+    monkeypatch.setattr(cpu_build, "openvino_core", fails)
     assert cpu_build.missing_for_cpu() == "openvino cannot be imported (no TBB)"

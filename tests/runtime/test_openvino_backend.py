@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 
 from tclkit.runtime import openvino_backend
@@ -22,9 +21,9 @@ from tclkit.runtime.cpu_records import GATE_FIGURES, CpuRecord, write_cpu_record
 from tclkit.runtime.errors import BackendError, BundleError, InputError
 from tclkit.runtime.files import cache_folder
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, open_openvino
+from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, open_openvino, openvino_core
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +337,19 @@ def test_a_missing_openvino_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r'openvino cannot be imported .*pip install "tclkit\[openvino\]"'):
         openvino_backend.import_openvino()
+
+
+def test_a_signal_finds_the_process_alive_when_backends_are_gone() -> None:
+    """OpenVINO's cores leave a dead stack for signals behind when they go in the order in which they came."""
+    program = """
+import os, signal
+from tclkit.runtime.bundle import open_bundle
+from tclkit.runtime.openvino_backend import open_openvino
+signal.signal(signal.SIGTERM, lambda *_: print("alive"))
+backends = [open_openvino(open_bundle("tcl-shapes")) for _ in range(2)]
+while backends:
+    backends.pop(0).close()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
