@@ -33,7 +33,7 @@ def test_pulling_by_name(invoke: Invoke, asked: dict[str, Any]) -> None:
     result = invoke("pull", "tcl-vit-b-16")
     assert result.exit_code == 0, result.stderr
     given = {key: value for key, value in asked.items() if value is not None}
-    assert given == {"name": "tcl-vit-b-16"}
+    assert given == {"name": "tcl-vit-b-16", "decoder": "direct"}
     assert result.stderr.startswith("tcl.pth: 2.0 kB of 2.0 kB\n[5/5] done\n")
     assert result.stderr.endswith("tclkit segment IMAGE PROMPT... --model tcl-vit-b-16\n")
     assert "image.onnx" in result.stdout
@@ -41,7 +41,16 @@ def test_pulling_by_name(invoke: Invoke, asked: dict[str, Any]) -> None:
 
 def test_local_copies_and_mirrors(invoke: Invoke, asked: dict[str, Any]) -> None:
     files = ["--checkpoint", "tcl.pth", "--clip", "clip.pt", "-o", "bundle", "--size", "448x448", "--size", "448x672"]
-    addresses = ["--url", "https://a/tcl.pth", "--clip-url", "https://b/clip.pt", "--sha256", "ab"]
+    addresses = [
+        "--decoder",
+        "winograd4",
+        "--url",
+        "https://a/tcl.pth",
+        "--clip-url",
+        "https://b/clip.pt",
+        "--sha256",
+        "ab",
+    ]
     result = invoke("pull", "tcl-vit-b-16", *files, *addresses)
     assert result.exit_code == 0, result.stderr
     assert asked == {
@@ -53,6 +62,7 @@ def test_local_copies_and_mirrors(invoke: Invoke, asked: dict[str, Any]) -> None
         "sha256": "ab",
         "out": Path("bundle"),
         "sizes": [(448, 448), (448, 672)],
+        "decoder": "winograd4",
     }
 
 

@@ -198,7 +198,7 @@ def test_a_folder_with_other_things_is_not_replaced(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "precision is 'fp8'; choose fp32, fp16, int8"),
+        ({"precision": "fp8"}, "precision is 'fp8'; choose fp32, fp16, bf16, int8"),
         ({"precision": "fp16", "tier": "auto"}, "auto chooses layers for INT8"),
         ({"precision": "fp32", "prepare_only": True}, "nothing to prepare"),
         ({"precision": "int8", "smoothing": 1.5}, "smoothing is 1.5"),
@@ -329,6 +329,7 @@ def test_a_timing_cache_of_the_device_is_kept(folder: Path, tensorrt_simulator: 
     assert cache.name == "Orin-sm8.7-trt10.3.0.cache"
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_verify_judges_graphs_and_engines_and_reports(
     folder: Path, images: str, tensorrt_simulator: Callable[..., Any]
 ) -> None:
@@ -345,6 +346,7 @@ def test_verify_judges_graphs_and_engines_and_reports(
     assert str(folder.parent) not in report
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_verify_sees_an_engine_that_gives_something_else(
     folder: Path, images: str, tensorrt_simulator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +391,7 @@ def test_verify_of_values_that_are_no_numbers(folder: Path, tensorrt_simulator: 
     assert "FAILED" in found.report()
 
 
+@pytest.mark.usefixtures("without_openvino")
 def test_verify_with_nothing_to_judge_does_not_say_passed(folder: Path) -> None:
     assert "nothing to judge here" in verify_bundle(folder).report()
 

@@ -171,7 +171,12 @@ def test_another_kp_attention_is_exported_checked_and_noted(tiny_checkpoint: Pat
         export_bundle(tiny_checkpoint, tmp_path / "far", kp_attention="far")
 
 
-@pytest.mark.parametrize("form", DECODER_FORMS)
+SLOW_FORMS = ("differences", "winograd2", "winograd4")  # large graphs; test_decoder.py proves each form by itself
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] if form in SLOW_FORMS else []) for form in DECODER_FORMS]
+)
 def test_every_form_of_the_decoder_is_exported_checked_and_noted(
     form: DecoderForm, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from tclkit.export import export_bundle
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.tokenizer import Tokenizer
 from tclkit.tcl import TCL, ClipConfig, TCLConfig, save_checkpoint, torch_contender
+from tclkit.tcl.arithmetic import Arithmetic
 from tclkit.tcl.batches import WorldBatches
 from tclkit.tcl.config import load_config
 from tclkit.tcl.grounder_training import GrounderStage
@@ -159,7 +160,14 @@ def test_training_goes_on_as_without(tokenizer_json: str, own: Path) -> None:
         clip = replace(config.clip, vocab_size=vocabulary_size(tokenizer_json))
         model = TCL(TCLConfig(clip=clip, decoder_blocks=1))
         tokenizer = Tokenizer(tokenizer_json, clip.context_length)
-        stage = GrounderStage(config, model, WorldBatches(config.world, tokenizer, 4))
+        stage = GrounderStage(
+            config.grounder_training,
+            config.grounder,
+            config.losses,
+            model,
+            WorldBatches(config.world, tokenizer, 4),
+            Arithmetic("cpu", config.precision),
+        )
         for step in range(4):
             losses = stage.losses(step)
             if validated:  # even between forward and backward
