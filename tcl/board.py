@@ -81,8 +81,7 @@ def caption_pictures(
     for image_CHW, mask_hw, ids_L in zip(images_BCHW, own_Bhw, token_ids_BL, strict=True):
         covered = resize_masks(mask_hw[None], (height, width))[0] > threshold
         labels = np.where(covered, 0, BACKGROUND).astype(np.int16)
-        caption = shortened(words.decode(ids_L.tolist()).strip() or "(no text)")
-        pictures.append(draw_overlay(_bytes(image_CHW), labels, [caption]))
+        pictures.append(draw_overlay(_bytes(image_CHW), labels, [caption_from_ids(words, ids_L)]))
     return pictures
 
 
@@ -91,6 +90,12 @@ def reader_of_captions(tokenizer_json: str) -> tokenizers.Tokenizer:
     words = tokenizers.Tokenizer.from_str(tokenizer_json)
     words.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
     return words
+
+
+def caption_from_ids(words: tokenizers.Tokenizer, token_ids_L: Tensor) -> str:
+    """The text that token ids (L,) stand for, shortened; what stands behind the end-of-text token is padding."""
+    end = int(token_ids_L.argmax())  # the largest id of the vocabulary
+    return shortened(words.decode(token_ids_L[: end + 1].tolist()).strip() or "(no text)")
 
 
 def _bytes(image_CHW: Tensor) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from tclkit.tcl.batches import Batch, images_to_tensor
-from tclkit.tcl.board import Board, caption_pictures, reader_of_captions
+from tclkit.tcl.board import Board, caption_from_ids, caption_pictures, reader_of_captions
 from tclkit.tcl.tokenizer_file import pruned_tokenizer_json
 from tclkit.tcl.world import WorldConfig, every_wording, scene
 
@@ -38,7 +38,9 @@ def test_every_picture_has_its_caption_and_is_the_image(clip_config):
 def test_captions_are_read_back_from_token_ids():
     words = reader_of_captions(pruned_tokenizer_json(every_wording()))
     ids = words.encode("a red circle and a green star.").ids
-    assert words.decode(ids).strip() == "a red circle and a green star ."
+    padded = torch.tensor([*ids, 0, 0, 0])
+    assert caption_from_ids(words, padded) == "a red circle and a green star ."
+    assert caption_from_ids(words, torch.tensor([ids[0], ids[-1], 0])) == "(no text)"
 
 
 def test_a_run_that_goes_on_hides_what_it_does_again(tmp_path):
