@@ -7,7 +7,6 @@ all run at the end with every tensor alive (a ViT-B/16 at 448x448, all 339 tenso
 """
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tclkit.runtime.errors import BackendError, InputError
+from tclkit.runtime.processor import usable_cpus
 
 Batch = NDArray[Any] | Mapping[str, NDArray[Any]]
 MICROSOFT = "com.microsoft"
@@ -244,7 +244,7 @@ def _other_axes(tensor: str, rank: int, channel_axis: int) -> list[int]:
 
 def _session_from_model(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    options.intra_op_num_threads = usable_cpus()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised, and told once
     try:

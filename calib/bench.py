@@ -21,11 +21,12 @@ from tclkit.runtime.backends import Backend, available_backends
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.errors import InputError, TclkitError
 from tclkit.runtime.images import load_image
+from tclkit.runtime.manifest import RUN_PRECISIONS
 from tclkit.runtime.prompts import PromptSet
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.text_cache import TextCache
 
-from .bench_contenders import Entrant, Size, bundle_of_size, choose_entrants, known_precisions
+from .bench_contenders import Entrant, Size, bundle_of_size, choose_entrants
 from .bench_inputs import Picture, open_picture, prompt_texts, with_random_rest
 from .bench_machine import current_load, describe_machine
 from .bench_memory import MemoryJob, measure_peak_memory
@@ -84,7 +85,7 @@ class BenchSettings:
     def __post_init__(self) -> None:
         known = {
             "backends": tuple(status.name for status in available_backends()),
-            "precisions": known_precisions(),
+            "precisions": RUN_PRECISIONS,
         }
         for field, names in known.items():
             for name in getattr(self, field):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tclkit.runtime.backends import Backend, available_backends, choose_backend
 from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.manifest import PRECISIONS
+from tclkit.runtime.manifest import RUN_PRECISIONS
 
 from .evaluation import Contender
 
@@ -31,11 +31,6 @@ class Entrant:
     open: Callable[..., Backend]
 
 
-def known_precisions() -> tuple[str, ...]:
-    """Names of precisions that a contender may have."""
-    return tuple(dict.fromkeys((*PRECISIONS, _BF16)))
-
-
 def choose_entrants(
     bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], others: Sequence[Contender]
 ) -> tuple[Entrant, ...]:
@@ -54,7 +49,7 @@ def choose_entrants(
     entrants = []
     for backend in named:
         own = [*bundle.manifest.precisions, *([_BF16] if backend == "openvino" else [])]
-        for precision in precisions or sorted(set(own), key=known_precisions().index):
+        for precision in precisions or sorted(set(own), key=RUN_PRECISIONS.index):
             opener = functools.partial(open_named, backend=backend, precision=precision)
             entrants.append(Entrant(name=f"{backend} {precision}", backend=backend, precision=precision, open=opener))
     entrants += [

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tclkit.runtime.processor import usable_cpus
+
 _PACKAGES = ("tclkit", "numpy", "onnxruntime", "openvino", "tensorrt", "torch", "opencv-python-headless")
 _BUSY_BEFORE = 0.5  # processes that wanted to run, on average of the last minute
 _KIBIBYTES = 1024
@@ -56,7 +58,7 @@ def describe_machine(*, load_before: float | None) -> Machine:
     """Describe this machine once the work is done; `load_before` is `current_load` from before it."""
     return Machine(
         processor=_processor(),
-        usable_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        usable_cpus=usable_cpus(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},

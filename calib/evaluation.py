@@ -21,6 +21,7 @@ import numpy as np
 from tclkit.runtime.backends import Backend
 from tclkit.runtime.errors import InputError, TclkitError
 from tclkit.runtime.manifest import RUN_PRECISIONS
+from tclkit.runtime.processor import usable_cpus
 from tclkit.runtime.segmenter import Segmenter
 
 from .datasets import Dataset, Example
@@ -274,7 +275,7 @@ def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
     """A Segmenter for each precision, by the precision that its backend chose, and for each contender, by its name."""
     threads = settings.threads
     if threads is None and workers > 1:
-        threads = max(1, _usable_cpus() // workers)
+        threads = max(1, usable_cpus() // workers)
     opened = (
         Segmenter.open(
             settings.model,
@@ -519,10 +520,6 @@ def _result_dict(result: ViewResult, classes: Sequence[str]) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _silent(done: int, total: int) -> None:

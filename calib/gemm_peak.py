@@ -4,7 +4,6 @@ A model can at best run at this speed: what it reaches of it says what is left t
 is best at, so that no model's own shapes flatter it.
 """
 
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tclkit.runtime.backends import available_backends
 from tclkit.runtime.errors import BackendError
 from tclkit.runtime.openvino_backend import import_openvino, openvino_core
+from tclkit.runtime.processor import usable_cpus
 
 DATA_TYPES = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 _FLOAT, _INT8 = 1, 3  # TensorProto.DataType
@@ -61,7 +61,7 @@ class GemmMeter:
         opener = _open_onnxruntime if backend == "onnxruntime" else _open_openvino
         try:
             self.library, self._run = opener(
-                matmul_model(side, quantized=data_type == "int8"), data_type, threads or _usable_cpus()
+                matmul_model(side, quantized=data_type == "int8"), data_type, threads or usable_cpus()
             )
             self._left = np.random.default_rng(1).standard_normal((side, side), np.float32)
             self._run(self._left)  # the first run lays out memory
@@ -145,10 +145,6 @@ def _open_openvino(model: bytes, data_type: str, threads: int) -> tuple[str, _Mu
     )
     request = compiled.create_infer_request()
     return f"openvino {version}", lambda left: request.infer([left], share_inputs=True, share_outputs=True)
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def matmul_model(side: int, *, quantized: bool) -> bytes:

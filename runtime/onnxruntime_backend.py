@@ -1,7 +1,6 @@
 """The ONNX Runtime backend: one CPU session per graph, made when the graph is first needed."""
 
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from .bundle import Bundle
 from .engines import build_command
 from .errors import BackendError, BundleError, InputError
 from .optimised_graphs import WORTHWHILE_BYTES, OptimisedGraphs
+from .processor import usable_cpus
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -55,7 +55,7 @@ class OnnxRuntimeBackend:
             raise InputError(f"threads should be 1 or more, found {threads}")
         self._bundle = bundle
         self._image_files = _image_files(bundle, precision)
-        self.threads = threads or _usable_cpus()
+        self.threads = threads or usable_cpus()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self.precision = precision
         self.reason = reason
@@ -184,13 +184,6 @@ def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, int], str]:
         remedy = f"Make it: {build_command(bundle, precision)} --prepare-only"
         raise BackendError(f"{message}. {remedy}", precision=precision)
     return files
-
-
-def _usable_cpus() -> int:
-    """CPUs this process may use; onnxruntime would count the machine's, and fails to pin threads in a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_interface(path: str, what: str, found: list[str], expected: list[str]) -> None:

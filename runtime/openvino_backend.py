@@ -13,7 +13,6 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +34,7 @@ from .cpu_records import (
 from .engines import build_command
 from .errors import BackendError, BundleError, InputError
 from .manifest import graph_precision
+from .processor import usable_cpus
 
 Size = tuple[int, int]
 CPU_PRECISIONS = ("fp32", "bf16", "int8")
@@ -84,7 +84,7 @@ class OpenVinoBackend:
         check_cpu_precision(self._core, precision)
         self.float_type = "bf16" if _has_bf16(self._core) and precision != "fp32" else "f32"
         self._image_files = _image_files(bundle, precision)
-        self.threads = threads or _usable_cpus()
+        self.threads = threads or usable_cpus()
         self.precision = precision
         self.reason = reason
         self._keep_compiled = keep_compiled
@@ -381,13 +381,6 @@ def _readable(value: NDArray[Any]) -> NDArray[Any]:
     """The array where it lies, in C order; copied only if it is not, or may not be written, which OpenVINO wants."""
     contiguous = np.asarray(value, order="C")
     return contiguous if contiguous.flags.writeable else contiguous.copy()
-
-
-def _usable_cpus() -> int:
-    """CPUs this process may use; OpenVINO would count the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_interface(path: str, what: str, found: Sequence[set[str]], expected: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tclkit.calib import Contender
-from tclkit.calib.bench_contenders import bundle_of_size, choose_entrants, known_precisions
+from tclkit.calib.bench_contenders import bundle_of_size, choose_entrants
 from tclkit.runtime import open_bundle
 from tclkit.runtime.backends import Backend
 from tclkit.runtime.bundle import Bundle
@@ -44,10 +44,6 @@ def test_an_entrant_travels_to_another_process(bundle: Bundle) -> None:
     (entrant,) = pickle.loads(pickle.dumps(choose_entrants(bundle, ["onnxruntime"], ["fp32"], [])))
     backend = entrant.open(bundle, threads=1)
     assert (backend.name, backend.precision) == ("onnxruntime", "fp32")
-
-
-def test_bf16_is_known() -> None:
-    assert {"fp32", "fp16", "int8", "bf16"} <= set(known_precisions())
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64)])
