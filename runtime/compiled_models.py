@@ -19,14 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .cpu_records import CpuIdentity
 from .files import atomic_file, cache_folder
+from .memory import MappedFile
 
 LARGEST_CACHE_BYTES = 4 << 30
-_FORMAT = 1
+_FORMAT = 2  # of what is compiled and how: entries of other formats are never found
 _HEADER_BYTES = 4096  # a page, so that what follows is aligned when it is mapped
 _log = logging.getLogger(__name__)
 
@@ -58,20 +56,18 @@ class CompiledKey:
         return cache_folder() / "openvino" / name
 
 
-def load_compiled(key: CompiledKey) -> NDArray[np.uint8] | None:
+def load_compiled(key: CompiledKey) -> MappedFile | None:
     """A compiled model's bytes, mapped from the cache and compared with their hash; None where there are none.
 
-    A damaged entry is announced as a warning, and counts as none.
-
-    Returns:
-        (N,) uint8, copied on write; to be kept for as long as a model that was imported from it.
+    A damaged entry is announced as a warning, and counts as none. To be kept for as long as a model that was imported
+    from it.
     """
     path = key.path
     try:
         with path.open("rb") as stream:
             header = json.loads(stream.read(_HEADER_BYTES))
-        content = np.memmap(path, np.uint8, mode="c", offset=_HEADER_BYTES)
-        fits = header == _header(key, content)
+            mapped = MappedFile(stream, _HEADER_BYTES)
+        fits = header == _header(key, mapped.content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):  # ValueError: no JSON, no text, or nothing behind the header
@@ -81,7 +77,7 @@ def load_compiled(key: CompiledKey) -> NDArray[np.uint8] | None:
         return None
     with contextlib.suppress(OSError):  # a cache that may be read only is one all the same
         os.utime(path)
-    return content
+    return mapped
 
 
 def store_compiled(key: CompiledKey, content: Any) -> None:

@@ -22,11 +22,11 @@ def test_what_is_stored_is_loaded() -> None:
     store_compiled(KEY, memoryview(CONTENT))
     loaded = load_compiled(KEY)
     assert loaded is not None
-    assert bytes(loaded) == CONTENT
-    loaded[0] = 99  # a copy on write: the file stays as it is
+    assert bytes(loaded.content) == CONTENT
+    loaded.content[0] = 99  # a copy on write: the file stays as it is
     again = load_compiled(KEY)
     assert again is not None
-    assert bytes(again) == CONTENT
+    assert bytes(again.content) == CONTENT
     assert KEY.path.parent == cache_folder() / "openvino"
     drop_compiled(KEY)
     assert load_compiled(KEY) is None

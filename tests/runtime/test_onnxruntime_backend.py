@@ -47,6 +47,19 @@ def test_features_and_masks(backend: OnnxRuntimeBackend, tiny: ModuleType) -> No
     np.testing.assert_array_equal(masks > 0.5, expected)
 
 
+def test_images_of_a_batch_are_taken_one_by_one(backend: OnnxRuntimeBackend, tiny: ModuleType) -> None:
+    pair = scene(tiny, batch=2)
+    pair[1] = pair[1, ::-1]
+    together = backend.image_features(pair)
+    assert together.kp is not None
+    for index, one in enumerate(pair):
+        alone = backend.image_features(one[None])
+        assert alone.kp is not None
+        np.testing.assert_array_equal(together.grounded[index], alone.grounded[0])
+        np.testing.assert_array_equal(together.kp[index], alone.kp[0])
+    assert not np.array_equal(together.grounded[0], together.grounded[1])
+
+
 def test_kp_w_mixes_the_two_branches(backend: OnnxRuntimeBackend, tiny: ModuleType) -> None:
     features = backend.image_features(scene(tiny))
     grounded, kp, mixed = (backend.masks(features, text(tiny, "red"), kp_w) for kp_w in (0.0, 1.0, 0.3))

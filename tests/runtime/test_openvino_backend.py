@@ -20,6 +20,7 @@ from tclkit.runtime.bundle import Bundle, find_bundle, open_bundle
 from tclkit.runtime.cpu_records import GATE_FIGURES, CpuRecord, write_cpu_record
 from tclkit.runtime.errors import BackendError, BundleError, InputError
 from tclkit.runtime.files import cache_folder
+from tclkit.runtime.memory import MappedFile
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, open_openvino, openvino_core
 
@@ -83,6 +84,18 @@ def test_features_stay_as_they_were(backend: OpenVinoBackend) -> None:
     assert np.abs(second.grounded - kept).max() > 0.01
     np.testing.assert_array_equal(first.grounded, kept)
     np.testing.assert_array_equal(masks, masks_kept)
+
+
+def test_images_are_taken_one_by_one(shapes: Bundle) -> None:
+    backend = OpenVinoBackend(shapes, threads=1)
+    together = backend.image_features(images(3))
+    for index, one_HWC in enumerate(images(3)):
+        alone = backend.image_features(one_HWC[None])
+        np.testing.assert_array_equal(together.grounded[index], alone.grounded[0])
+        assert together.kp is not None
+        assert alone.kp is not None
+        np.testing.assert_array_equal(together.kp[index], alone.kp[0])
+    assert len(blobs()) == 1  # one model for one image and for many
 
 
 def test_images_may_be_views_and_read_only(backend: OpenVinoBackend) -> None:
@@ -230,13 +243,28 @@ def test_a_damaged_entry_is_compiled_anew(
         del content[len(content) // 2 :]
     path.write_bytes(content)
     if harm == "of another OpenVINO":  # whole, and not what this one reads
-        nonsense = np.frombuffer(b"something else", np.uint8).copy()
+        other = path.with_name("other")
+        other.write_bytes(b" " * 4096 + b"something else")
+        with other.open("rb") as stream:
+            nonsense = MappedFile(stream, 4096)
         monkeypatch.setattr(openvino_backend, "load_compiled", lambda key: nonsense)
     with caplog.at_level(logging.WARNING):
         found = OpenVinoBackend(shapes, threads=1).image_features(images(1))
     np.testing.assert_allclose(found.grounded, backend.image_features(images(1)).grounded, atol=1e-6)
     assert "compiled anew" in caplog.text
     monkeypatch.undo()
+
+
+def test_an_imported_model_holds_no_pages_of_its_file(shapes: Bundle) -> None:
+    OpenVinoBackend(shapes, threads=1).prepare((128, 128))
+    backend = OpenVinoBackend(shapes, threads=1)
+    backend.prepare((128, 128))
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(smaps) if line.endswith(".blob")]
+    resident_kb = [next(int(line.split()[1]) for line in smaps[i:] if line.startswith("Rss:")) for i in starts]
+    assert len(resident_kb) >= 2
+    assert max(resident_kb) < 512
+    assert np.isfinite(backend.image_features(images(1)).grounded).all()
 
 
 def test_nothing_is_kept_where_that_is_not_wanted(shapes: Bundle) -> None:
