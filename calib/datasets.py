@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 from tclkit.runtime.images import load_image
 
 from .benchmarks import BACKGROUND_NAME, PREPARED, Benchmark, benchmark_named
 from .label_files import LabelMap, read_label_map
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 ALL_PROMPTS: Final = "all"
 
 
@@ -272,7 +272,7 @@ def open_own_data(folder: Path, *, names: Path | None = None) -> FolderDataset:
     )
     files = sorted(name for name in _names_below(images) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise InputError(f"no images below {images} (looked for {', '.join(IMAGE_SUFFIXES)})", path=str(images))
+        raise InputError(f"no images below {images} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})", path=str(images))
     samples = [
         LabelledImage(
             name=Path(file).with_suffix("").as_posix(),

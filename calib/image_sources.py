@@ -22,13 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 from tclkit.runtime.images import DEFAULT_MAX_PIXELS, load_image
 
 SourceKind = Literal["folder", "glob", "video", "shards", "list"]
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2"}
-)
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mjpeg", ".ts", ".wmv", ".ogv"}
 )

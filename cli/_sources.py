@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 
 STANDARD_INPUT = "-"
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 OVERLAY_ENDING = "-overlay.png"
 _GLOB_SIGNS = frozenset("*?[")
 
