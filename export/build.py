@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -39,6 +39,7 @@ from .cpu_build import (
     remove_outdated_records,
     require_cpu_precision,
 )
+from .decoder import DecoderForm, require_known_form
 from .decoder_graph import rewrite_decoder
 from .engine_build import EngineBuild, build_engines, engine_backend, missing_for_engines, remove_outdated_engines
 from .engine_builder import EngineOptions
@@ -53,9 +54,6 @@ from .processor_graph import (
     remove_outdated_graphs,
     remove_processor_graph,
 )
-
-if TYPE_CHECKING:
-    from .decoder import DecoderForm
 
 BuildProgress = Callable[[str, int, int], None]
 """Called as progress(what, done, in_all); every `what` counts for itself."""
@@ -87,7 +85,7 @@ class BuildConfig:
 
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     device: Literal["gpu", "cpu"] = "gpu"
-    decoder: "DecoderForm | None" = None
+    decoder: DecoderForm | None = None
     tier: Literal["all", "decoder-only", "auto"] = "all"
     calibration: str | None = None
     calibration_images: int = 256
@@ -108,6 +106,8 @@ class BuildConfig:
             raise ConfigError(f"on the {self.device} there is {have}, but not {self.precision}", key="precision")
         if self.tier != "all" and self.precision != "int8":
             raise ConfigError(f"{self.tier} chooses layers for INT8, but the precision is {self.precision}", key="tier")
+        if self.decoder is not None:
+            require_known_form(self.decoder)
         if self.decoder is not None and self.device == "gpu":
             raise ConfigError(
                 "other forms of the decoder are for processors: add --device cpu. GPUs have kernels for the form that "
@@ -219,7 +219,7 @@ class _SizeWork:
         bundle: Bundle,
         entry: ImageEntry,
         config: BuildConfig,
-        form: "DecoderForm | None",
+        form: DecoderForm | None,
         text_ND: NDArray[np.float32],
         report: BuildProgress,
     ) -> None:

@@ -8,7 +8,7 @@ balanced, ranges measured, layers chosen, Q/DQ pairs put before them, and all th
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tclkit.calib.activations import absolute_maxima, activation_ranges, float_tensor_maxima
 from tclkit.runtime.errors import ExportError
 
+from .decoder import DecoderForm
 from .gates import GateFigures, GateThresholds
 from .graph_edit import with_float_weights
 from .graph_rules import check_graph
@@ -25,9 +26,6 @@ from .layers import Layer, quantizable_layers
 from .mixed_precision import BlockSensitivity, choose_layers
 from .quantized_graph import quantized_graph
 from .smoothing import input_channel_axis, smooth
-
-if TYPE_CHECKING:
-    from .decoder import DecoderForm
 
 _SEARCH_RESERVE = 0.3  # of the loss that the gate allows: it judges on other images than the search
 Progress = Callable[[str, int, int], None]
@@ -43,7 +41,7 @@ class PrecisionConfig:
     tier: Literal["all", "decoder-only", "auto"] = "all"
     range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
-    decoder: "DecoderForm | None" = None
+    decoder: DecoderForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ says from which float32 graph that was made; it is never run beside another.
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tclkit.runtime.bundle import MANIFEST_NAME, Bundle, open_bundle, write_manifest
 from tclkit.runtime.cpu_records import outdated_graphs
@@ -16,19 +16,17 @@ from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file
 from tclkit.runtime.manifest import ImageEntry
 
+from .decoder import DecoderForm
 from .precision import PreparedGraph
 
-if TYPE_CHECKING:
-    from .decoder import DecoderForm
-
-PROCESSOR_FORM: "DecoderForm" = "winograd4"
+PROCESSOR_FORM: DecoderForm = "winograd4"
 """What processors run where nobody says otherwise: the fewest products."""
 
 Size = tuple[int, int]
 _log = logging.getLogger(__name__)
 
 
-def processor_form(bundle: Bundle, wanted: "DecoderForm | None") -> "DecoderForm | None":
+def processor_form(bundle: Bundle, wanted: DecoderForm | None) -> DecoderForm | None:
     """Form of the decoder in the graph that processors are to run.
 
     Args:
