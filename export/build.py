@@ -25,7 +25,7 @@ from tclkit import runtime
 from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.cpu_records import CpuRecord
 from tclkit.runtime.engines import current_device
-from tclkit.runtime.errors import BundleError, ConfigError, InputError
+from tclkit.runtime.errors import BundleError, ConfigError, ExportError, InputError
 from tclkit.runtime.files import cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry, graph_precision
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -162,7 +162,9 @@ def build_engine(
 
     Raises:
         BundleError: unknown or damaged bundle.
-        InputError: calibration images are missing or cannot be used, or a size the bundle does not have.
+        InputError: calibration images are missing or cannot be used, a size the bundle does not have, or a form of the
+            decoder that cannot be made of it.
+        ExportError: the bundle's graph has no decoder to rewrite, or the folder cannot be written.
         ParityError: an artefact is below the gate; the bundle is as it was.
         BuildError: TensorRT could not build an engine.
         BackendError: the processor does not compute in this precision, or OpenVINO cannot compile the graph.
@@ -344,13 +346,20 @@ class _SizeWork:
         """The float32 graph that a precision is made from, its decoder rewritten where processors are to run it.
 
         One that is not kept itself passes the gate here, so that INT8's loss is not another's.
+
+        Raises:
+            ExportError: its decoder cannot be rewritten.
         """
         file = self._entry.files["fp32"]
         model = onnx.load(self._bundle.path(file))
         if self._form is None:
             return model
         self._report(f"decoder to {self._form}", 0, 1)
-        model = rewrite_decoder(model, self._form)
+        try:
+            model = rewrite_decoder(model, self._form)
+        except ExportError as error:
+            message = f"{file} of {self._bundle.name}: {error.message.rstrip('.')}"
+            raise ExportError(f"{message}. Or have processors run it as it is: --decoder direct", file=file) from error
         self._report(f"decoder to {self._form}", 1, 1)
         if self._kind != "fp32":
             with tempfile.TemporaryDirectory(dir=folder) as place:
