@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from tclkit.runtime.backends import Backend, available_backends
+from tclkit.runtime.backends import Backend, available_backends, image_file
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.errors import InputError, TclkitError
 from tclkit.runtime.images import load_image
@@ -461,8 +461,8 @@ class _Work:
         manifest = bundle.manifest
         if entrant.backend not in {status.name for status in available_backends()}:
             return reference_gflop(manifest, size, piece.batch, piece.prompts)
-        files = manifest.images[0].files
-        image = self._image_gflop(bundle.path(files.get(entrant.precision, files["fp32"])), size)
+        file = image_file(bundle, entrant.backend, entrant.precision, size) or manifest.images[0].files["fp32"]
+        image = self._image_gflop(bundle.path(file), size)
         return None if image is None else piece.batch * image + masks_gflop(manifest, size, piece.batch, piece.prompts)
 
     def _image_gflop(self, path: Path, size: Size) -> float | None:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tclkit.runtime.backends import Backend, available_backends, choose_backend
+from tclkit.runtime.backends import Backend, available_backends, choose_backend, image_file
 from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.manifest import RUN_PRECISIONS
@@ -13,7 +13,6 @@ from tclkit.runtime.manifest import RUN_PRECISIONS
 from .evaluation import Contender
 
 Size = tuple[int, int]
-_BF16 = "bf16"  # made from the fp32 graph, by backends that can
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +38,7 @@ def choose_entrants(
     Args:
         bundle: the model.
         backends: names; empty takes those that can be used here.
-        precisions: names; empty takes those the bundle has graphs for, and bf16 with a backend that makes it itself.
+        precisions: names; empty takes those the bundle has graphs for, and bf16 with a backend that computes in it.
         others: named implementations that run in fp32.
 
     Raises:
@@ -48,8 +47,7 @@ def choose_entrants(
     named = backends or [status.name for status in available_backends() if status.available]
     entrants = []
     for backend in named:
-        own = [*bundle.manifest.precisions, *([_BF16] if backend == "openvino" else [])]
-        for precision in precisions or sorted(set(own), key=RUN_PRECISIONS.index):
+        for precision in precisions or _precisions_of(backend, bundle):
             opener = functools.partial(open_named, backend=backend, precision=precision)
             entrants.append(Entrant(name=f"{backend} {precision}", backend=backend, precision=precision, open=opener))
     entrants += [
@@ -58,6 +56,12 @@ def choose_entrants(
     if not entrants:
         raise InputError("no backend is installed. Install one: pip install onnxruntime")
     return tuple(entrants)
+
+
+def _precisions_of(backend: str, bundle: Bundle) -> list[str]:
+    """Precisions that a backend has a graph for in every image size."""
+    sizes = [entry.size for entry in bundle.manifest.images]
+    return [p for p in RUN_PRECISIONS if all(image_file(bundle, backend, p, size) is not None for size in sizes)]
 
 
 def open_named(bundle: Bundle, threads: int | None = None, *, backend: str, precision: str) -> Backend:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tclkit.runtime.backends import Backend
+from tclkit.runtime.backends import Backend, image_file
 from tclkit.runtime.errors import InputError, TclkitError
 from tclkit.runtime.manifest import RUN_PRECISIONS
 from tclkit.runtime.processor import usable_cpus
@@ -309,7 +309,8 @@ def _run_key(
     parts: list[Any] = [dataset.fingerprint(), asdict(scoring)]
     for name, segmenter in segmenters.items():
         manifest = segmenter.bundle.manifest
-        graphs = sorted(image.files[name] for image in manifest.images if name in image.files)
+        found = (image_file(segmenter.bundle, segmenter.backend.name, name, image.size) for image in manifest.images)
+        graphs = sorted(file for file in found if file is not None)
         hashes = [manifest.files[file].sha256 for file in (*graphs, manifest.masks)]
         parts += [
             name,

@@ -19,7 +19,7 @@ from ._settings import (
     fraction,
 )
 from ._verdicts import show_verdicts
-from .export import parse_sizes
+from .export import Decoder, parse_sizes
 
 if TYPE_CHECKING:
     from tclkit.export.build import BuildResult
@@ -52,10 +52,19 @@ def build_engine(
         typer.Option("--int8", help="8 bits, half precision elsewhere; a new graph needs --calibration."),
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The float32 graph in bfloat16; with --device cpu.")] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision; nothing is prepared.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision.")] = False,
     device: Annotated[
         DeviceName, typer.Option("--device", metavar="NAME", help="gpu: TensorRT. cpu: OpenVINO on this processor.")
     ] = DeviceName.GPU,
+    decoder: Annotated[
+        Decoder | None,
+        typer.Option(
+            "--decoder",
+            metavar="FORM",
+            help="Of the graph that processors run, with --device cpu: phases, differences, winograd2 or winograd4 "
+            "(the default); direct: no graph of their own.",
+        ),
+    ] = None,
     calibration: CalibrationOption = None,
     calibration_images: Annotated[
         int, typer.Option("--calibration-images", metavar="N", min=2, help="How many of them to calibrate on.")
@@ -154,6 +163,7 @@ def build_engine(
     config = BuildConfig(
         precision=precision,
         device=device.value,
+        decoder=decoder.value if decoder else None,
         tier="auto" if auto else "decoder-only" if decoder_only else "all",
         calibration=calibration,
         calibration_images=calibration_images,
@@ -220,6 +230,8 @@ def _show(result: "BuildResult") -> None:
     for graph in result.graphs:
         if graph.wide:
             say(f"kept in float32, too large for half precision: {', '.join(one.node for one in graph.wide)}")
+        if graph.config.decoder is not None:
+            say(f"decoder  {graph.config.decoder} in the graph that processors run; that of every device is as it was")
         if graph.config.precision == "int8":
             say(f"INT8     {len(graph.layers)} layers, {graph.int8_share:.0%} of the multiplications")
         if graph.sensitivities:

@@ -72,11 +72,28 @@ def _models() -> list[dict[str, Any]]:
             "size_bytes": bundle.size_bytes,
             "image_sizes": [f"{image.height}x{image.width}" for image in bundle.manifest.images],
             "precisions": sorted({precision for image in bundle.manifest.images for precision in image.files}),
+            "for_processors": _for_processors(bundle),
             "engines": _engines(bundle),
             "on_cpu": _on_cpu(bundle),
             "description": bundle.manifest.description,
         }
         for bundle in list_bundles()
+    ]
+
+
+def _for_processors(bundle: "Bundle") -> list[dict[str, Any]]:
+    """Graphs that only processors run, and whether they do: not where the float32 graph has changed since."""
+    outdated = bundle.manifest.outdated_files
+    return [
+        {
+            "file": graph.file,
+            "precision": precision,
+            "image_size": f"{image.height}x{image.width}",
+            "decoder": graph.decoder,
+            "outdated": graph.file in outdated,
+        }
+        for image in bundle.manifest.images
+        for precision, graph in image.processor.items()
     ]
 
 
@@ -173,6 +190,15 @@ def _folders() -> dict[str, dict[str, Any]]:
     }
 
 
+def _precisions(model: dict[str, Any]) -> list[str]:
+    """Lines that say in which precisions a model has graphs, and which are for processors only."""
+    own: dict[str, None] = {}
+    for graph in model["for_processors"]:
+        state = ", outdated" if graph["outdated"] else ""
+        own[f"{graph['precision']} for processors ({graph['decoder']}{state})"] = None
+    return [", ".join(model["precisions"]), *map(plain, own)]
+
+
 def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
@@ -181,7 +207,7 @@ def _print(found: dict[str, Any]) -> None:
     console = printer()
     models = table("model", "size", "images", "precision", "what it is", right=("size",), title="Models")
     for model in found["models"]:
-        sizes, precisions = ", ".join(model["image_sizes"]), ", ".join(model["precisions"])
+        sizes, precisions = ", ".join(model["image_sizes"]), "\n".join(_precisions(model))
         what = f"{plain(model['description'])}\n[dim]{plain(model['folder'])}[/dim]"
         models.add_row(plain(model["name"]), size_text(model["size_bytes"]), sizes, precisions, what)
     engines = table("engine", "model", "built by", "images", "prompts", "state", title="Engines")

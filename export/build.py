@@ -1,14 +1,15 @@
 """`tclkit build-engine`: a bundle gets graphs of another precision, and what a device makes of them.
 
-On a GPU that is TensorRT's engines; on a processor, the gate's word that OpenVINO may compute them in that precision.
+On a GPU that is TensorRT's engines; on a processor, the gate's word that OpenVINO may compute them in that precision,
+and a graph of its own, whose decoder takes fewer products.
 
 Nothing degraded ships: every graph and every engine passes the gate before the bundle changes, and the bundle changes
 as a whole. A bundle that ships inside the package is copied to the models folder first. No torch: devices run this.
 """
 
-import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -21,11 +22,11 @@ import onnx
 from numpy.typing import NDArray
 
 from tclkit import runtime
-from tclkit.runtime.bundle import MANIFEST_NAME, Bundle, open_bundle, write_manifest
+from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.cpu_records import CpuRecord
 from tclkit.runtime.engines import current_device
-from tclkit.runtime.errors import BundleError, ConfigError, InputError
-from tclkit.runtime.files import atomic_file, cache_folder, models_folder
+from tclkit.runtime.errors import BundleError, ConfigError, ExportError, InputError
+from tclkit.runtime.files import cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry, graph_precision
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -38,12 +39,21 @@ from .cpu_build import (
     remove_outdated_records,
     require_cpu_precision,
 )
+from .decoder import DecoderForm, require_known_form
+from .decoder_graph import rewrite_decoder
 from .engine_build import EngineBuild, build_engines, engine_backend, missing_for_engines, remove_outdated_engines
 from .engine_builder import EngineOptions
 from .gate_inputs import embedded_prompts, gate_on, kept_thresholds, sample_batches
 from .gates import THRESHOLDS, Gate, GateFigures, GateThresholds, Judged, Verdict, require_parity
 from .graph_runner import GraphRunner
 from .precision import PrecisionConfig, PreparedGraph, prepare_graph
+from .processor_graph import (
+    install_graph,
+    processor_form,
+    read_raw_manifest,
+    remove_outdated_graphs,
+    remove_processor_graph,
+)
 
 BuildProgress = Callable[[str, int, int], None]
 """Called as progress(what, done, in_all); every `what` counts for itself."""
@@ -59,6 +69,8 @@ class BuildConfig:
 
     precision: "fp32" (no graph is made), "fp16", "int8", or on the CPU "bf16" (the float32 graph in bfloat16).
     device: "gpu" for engines of TensorRT, "cpu" for OpenVINO on this processor.
+    decoder: form of the decoder in the graph that processors run; "direct": none of their own, they run the graph of
+        every device. None: the form that is there, else `PROCESSOR_FORM`. Not for GPUs.
     tier: of INT8: "all" layers, "decoder-only" (the transformer in half precision), or "auto", the most that passes.
     calibration: a folder, glob, video, shards or list of images; INT8 needs it, FP16 takes the sample scenes without.
     calibration_images, seed: how many of them, and which.
@@ -73,6 +85,7 @@ class BuildConfig:
 
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     device: Literal["gpu", "cpu"] = "gpu"
+    decoder: DecoderForm | None = None
     tier: Literal["all", "decoder-only", "auto"] = "all"
     calibration: str | None = None
     calibration_images: int = 256
@@ -93,7 +106,16 @@ class BuildConfig:
             raise ConfigError(f"on the {self.device} there is {have}, but not {self.precision}", key="precision")
         if self.tier != "all" and self.precision != "int8":
             raise ConfigError(f"{self.tier} chooses layers for INT8, but the precision is {self.precision}", key="tier")
-        if graph_precision(self.precision) == "fp32" and self.prepare_only:
+        if self.decoder is not None:
+            require_known_form(self.decoder)
+        if self.decoder is not None and self.device == "gpu":
+            raise ConfigError(
+                "other forms of the decoder are for processors: add --device cpu. GPUs have kernels for the form that "
+                "a bundle was exported in, and none was timed with another; tclkit export --decoder writes one",
+                key="decoder",
+            )
+        makes_none = self.device == "gpu" or self.decoder == "direct"
+        if graph_precision(self.precision) == "fp32" and self.prepare_only and makes_none:
             raise ConfigError("the float32 graph is in every bundle: there is nothing to prepare", key="prepare_only")
         if self.smoothing is not None and not 0 <= self.smoothing <= 1:
             raise ConfigError(f"smoothing is {self.smoothing}; a strength is in 0..1", key="smoothing")
@@ -128,6 +150,9 @@ def build_engine(
     A graph that the bundle holds already (prepared on another machine) is taken as it is when no calibration images are
     given; an engine is then judged against that graph, what OpenVINO makes of it against the float32 one.
 
+    What processors run has its decoder rewritten, and stands beside the graph of every device. Such a graph is removed
+    when it was made from another float32 graph than the bundle has.
+
     Args:
         model: name or folder of a bundle.
         config: what to build.
@@ -137,7 +162,9 @@ def build_engine(
 
     Raises:
         BundleError: unknown or damaged bundle.
-        InputError: calibration images are missing or cannot be used, or a size the bundle does not have.
+        InputError: calibration images are missing or cannot be used, a size the bundle does not have, or a form of the
+            decoder that cannot be made of it.
+        ExportError: the bundle's graph has no decoder to rewrite, or the folder cannot be written.
         ParityError: an artefact is below the gate; the bundle is as it was.
         BuildError: TensorRT could not build an engine.
         BackendError: the processor does not compute in this precision, or OpenVINO cannot compile the graph.
@@ -147,7 +174,8 @@ def build_engine(
     entries = _entries(source, config)
     missing = None if config.prepare_only else _missing(config)
     compiles = not config.prepare_only and missing is None
-    if missing is not None and graph_precision(config.precision) == "fp32":
+    form = processor_form(source, config.decoder) if config.device == "cpu" else None
+    if missing is not None and graph_precision(config.precision) == "fp32" and form is None:
         return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), records=(), missing=missing)
     report = progress or _silent
     most = config.engine.max_prompts if compiles and config.device == "gpu" else None
@@ -159,21 +187,20 @@ def build_engine(
     with write_errors(target), new_folder(target) as folder:
         source = open_bundle(model, verify=False)  # as it is now that nobody else changes it
         link_bundle(source, folder)
+        remove_outdated_graphs(folder)
         for entry in entries:
-            work = _SizeWork(source, entry, config, text_ND, report)
-            graph = work.prepare()
+            work = _SizeWork(source, entry, config, form, text_ND, report)
+            graph = work.prepare(folder)
             if graph is not None:
-                _install(folder, entry, graph)
+                work.install(folder, graph)
                 graphs.append(graph)
-            verdicts += work.judge_graph(folder, graph)
+            if config.device == "cpu" and form is None:
+                _take_common_graph(folder, entry, config)
             if compiles and config.device == "gpu":
-                builds, verdict = work.build_engines(folder)
-                engines += builds
-                verdicts.append(verdict)
+                engines += work.build_engines(folder)
             elif compiles:
-                record, verdict = work.judge_on_cpu(folder)
-                records.append(record)
-                verdicts.append(verdict)
+                records.append(work.judge_on_cpu(folder))
+            verdicts += work.verdicts
         remove_outdated_engines(open_bundle(folder, verify=False))
         remove_outdated_records(open_bundle(folder, verify=False))
     if records:
@@ -184,47 +211,64 @@ def build_engine(
 
 
 class _SizeWork:
-    """What is done for one image size: images, the reference, the graph, the engines."""
+    """What is done for one image size: images, the reference, the graph, the engines.
+
+    `verdicts` are those of the gate so far, all of them passed.
+    """
 
     def __init__(
         self,
         bundle: Bundle,
         entry: ImageEntry,
         config: BuildConfig,
+        form: DecoderForm | None,
         text_ND: NDArray[np.float32],
         report: BuildProgress,
     ) -> None:
-        self.entry, self.size = entry, (entry.height, entry.width)
+        self.verdicts: list[Verdict] = []
+        self._entry, self._size, self._form = entry, entry.size, form
         self._bundle, self._config, self._text, self._report = bundle, config, text_ND, report
+        self._kind: Literal["fp32", "fp16", "int8"] = "fp32" if config.precision == "bf16" else config.precision
         self._thresholds = config.thresholds or THRESHOLDS[config.precision]
         self._backend = OnnxRuntimeBackend(bundle)
         self._calibration: Iterable[NDArray[np.uint8]]
         self._content_hash: str | None = None
-        self._takes_own = config.calibration is None and config.precision != "fp32" and config.precision in entry.files
+        self._own = self._own_file()
+        self._takes_own = self._own is not None and (self._kind == "fp32" or config.calibration is None)
         if config.calibration is None:
             self._take_samples()
         else:
             self._select(config.calibration)
         reference: Judged = self._backend
         self._against = "the float32 graph"
-        if self._takes_own:
-            self._announce_own_graph()
-        if self._takes_own and config.device == "cpu":  # OpenVINO rounds INT8 in other places than the emulation does
-            file = entry.files[config.precision]
-            self._thresholds = config.thresholds or kept_thresholds(bundle, config.precision, file)
-        elif self._takes_own:  # it passed the gate where the images were; here the engine must give what it gives
-            reference = GraphRunner(onnx.load(bundle.path(entry.files[config.precision])), self._backend)
-            self._thresholds = config.thresholds or THRESHOLDS["fp16"]
-            self._against = "its own graph"
+        if self._own is not None and self._takes_own:
+            self._announce(self._own)
+            if config.device == "gpu":  # it passed the gate where the images were; the engine must give what it gives
+                reference = GraphRunner(onnx.load(bundle.path(self._own)), self._backend)
+                self._thresholds = config.thresholds or THRESHOLDS["fp16"]
+                self._against = "its own graph"
+            else:  # OpenVINO rounds INT8 in other places than the emulation does
+                self._thresholds = config.thresholds or kept_thresholds(bundle, config.precision, self._own)
         self._gate = gate_on(bundle, reference, self._held_back, text_ND, report)
+        self._backend.close()  # what follows wants the memory
 
-    def _announce_own_graph(self) -> None:
+    def _own_file(self) -> str | None:
+        """The graph that the bundle holds already in the place of what is built; None where it is float32's own."""
+        if self._form is None:
+            return self._entry.files.get(self._kind) if self._kind != "fp32" else None
+        graph = self._bundle.manifest.processor_graph(self._entry, self._kind)
+        return graph.file if graph is not None and self._config.decoder in (None, graph.decoder) else None
+
+    def _announce(self, file: str) -> None:
         """Say which graph is taken.
 
         Raises:
             InputError: another tier is asked for than the graph was made with.
         """
-        file = self.entry.files[self._config.precision]
+        if self._kind == "fp32":
+            decoder = self._entry.processor[self._kind].decoder
+            _log.warning("%s, with its decoder in the form %s, is taken as the bundle holds it", file, decoder)
+            return
         made = self._bundle.manifest.checks.get(self._config.precision, {}).get(file, {}).get("made", {})
         tier = made.get("tier", "all")
         if self._config.tier not in ("all", tier):
@@ -236,24 +280,33 @@ class _SizeWork:
         _log.warning("no calibration images were given: %s is taken as the bundle holds it%s", file, kind)
 
     def _take_samples(self) -> None:
-        if self._config.precision == "int8" and "int8" not in self.entry.files:
+        if self._config.precision == "int8" and self._own is None:
             raise InputError(
-                "INT8 needs images to calibrate on, of the kind the robot will see: "
-                "--calibration FOLDER (or a quoted glob, a video, a .tar of images, a list of paths)"
+                "INT8 needs images to calibrate on, of the kind the robot will see: --calibration FOLDER (or a quoted "
+                f"glob, a video, a .tar of images, a list of paths){self._other_int8()}"
             )
-        if not self._takes_own:
+        if not self._takes_own or self._kind == "fp32":
             _log.warning(
                 "no calibration images were given: values are measured and judged on the sample scenes of tclkit only"
             )
-        self._calibration = self._held_back = sample_batches(self._bundle, self.size)
+        self._calibration = self._held_back = sample_batches(self._bundle, self._size)
         self.description: Mapping[str, Any] = {"source": {"kind": "samples", "name": "tclkit"}}
+
+    def _other_int8(self) -> str:
+        """What there is in INT8 in the place of what is asked for, and how to have it, as a sentence."""
+        graph = self._bundle.manifest.processor_graph(self._entry, "int8")
+        if self._form is not None and graph is not None:
+            return f". {graph.file} has its decoder in the form {graph.decoder}: leave --decoder out to take it"
+        if self._form is not None and "int8" in self._entry.files:
+            return f". {self._entry.files['int8']} is for every device, and slower here: --decoder direct takes it"
+        return ""
 
     def _select(self, calibration: str) -> None:
         from tclkit.calib import select_images
 
         chosen = select_images(
             calibration,
-            size=self.size,
+            size=self._size,
             count=self._config.calibration_images,
             seed=self._config.seed,
             mean_rgb=self._bundle.manifest.preprocessing.mean,
@@ -264,18 +317,23 @@ class _SizeWork:
         self._calibration, self._held_back = chosen.calibration, list(chosen.held_back)
         self._content_hash, self.description = chosen.content_hash, chosen.describe()
 
-    def prepare(self) -> PreparedGraph | None:
-        """The graph to install; None when the bundle's own is taken, or the float32 graph is what is compiled."""
+    def prepare(self, folder: Path) -> PreparedGraph | None:
+        """The graph to install; None when the bundle's own is taken, or the float32 graph is what is compiled.
+
+        Args:
+            folder: the staged bundle.
+        """
         config = self._config
-        if config.precision == "fp32" or config.precision == "bf16" or self._takes_own:
+        if self._takes_own or (self._kind == "fp32" and self._form is None):
             return None
         return prepare_graph(
-            onnx.load(self._bundle.path(self.entry.files["fp32"])),
+            self._source(folder),
             PrecisionConfig(
-                precision=config.precision,
+                precision=self._kind,
                 tier=config.tier,
                 range_method=config.range_method,
                 smoothing=config.smoothing,
+                decoder=self._form,
             ),
             self._calibration,
             content_hash=self._content_hash,
@@ -283,6 +341,32 @@ class _SizeWork:
             thresholds=self._thresholds,
             progress=self._report,
         )
+
+    def _source(self, folder: Path) -> onnx.ModelProto:
+        """The float32 graph that a precision is made from, its decoder rewritten where processors are to run it.
+
+        One that is not kept itself passes the gate here, so that INT8's loss is not another's.
+
+        Raises:
+            ExportError: its decoder cannot be rewritten.
+        """
+        file = self._entry.files["fp32"]
+        model = onnx.load(self._bundle.path(file))
+        if self._form is None:
+            return model
+        self._report(f"decoder to {self._form}", 0, 1)
+        try:
+            model = rewrite_decoder(model, self._form)
+        except ExportError as error:
+            message = f"{file} of {self._bundle.name}: {error.message.rstrip('.')}"
+            raise ExportError(f"{message}. Or have processors run it as it is: --decoder direct", file=file) from error
+        self._report(f"decoder to {self._form}", 1, 1)
+        if self._kind != "fp32":
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                path = Path(place) / file
+                path.write_bytes(model.SerializeToString())
+                self._judge_float32(path, f"{file} in {self._form}")
+        return model
 
     def _search_judge(self) -> Callable[[onnx.ModelProto], GateFigures]:
         """Judges the search's graphs on calibration images, so that the held-back ones stay unseen until the end."""
@@ -296,56 +380,81 @@ class _SizeWork:
 
         return judge
 
-    def judge_graph(self, folder: Path, graph: PreparedGraph | None) -> list[Verdict]:
-        """Pass a new graph of a staged bundle through the gate, and note what it said."""
-        if graph is None:
-            return []
-        staged, precision = open_bundle(folder, verify=False), self._config.precision
-        file = next(e.files[precision] for e in staged.manifest.images if (e.height, e.width) == self.size)
-        runner = GraphRunner(onnx.load(staged.path(file)), self._backend)
-        verdict = self._verdict(runner, file, runner.name)
+    def install(self, folder: Path, graph: PreparedGraph) -> None:
+        """Put a new graph into a staged bundle, pass it through the gate, and note what that said."""
+        file = install_graph(folder, self._entry, graph)
+        path = folder / file
+        if self._kind == "fp32":
+            verdict = self._judge_float32(path, file)
+        else:
+            runner = GraphRunner(onnx.load(path), self._backend)
+            verdict = self._judge(runner, file, runner.name)
         _note(folder, verdict, graph.describe() | {"images": dict(self.description)})
-        return [verdict]
 
-    def build_engines(self, folder: Path) -> tuple[list[EngineBuild], Verdict]:
+    def build_engines(self, folder: Path) -> list[EngineBuild]:
         """Compile the engines of this size and pass them, image and masks together, through the gate."""
         self._backend.close()  # TensorRT wants the memory
         staged, config = open_bundle(folder, verify=False), self._config
         options = _with_timing_cache(config.engine)
-        builds = build_engines(staged, self.size, config.precision, options, progress=self._report)
-        with closing(engine_backend(staged, config.precision, [self.size])) as backend:
-            return builds, self._verdict(backend, builds[0].file, backend.reason)
+        builds = build_engines(staged, self._size, config.precision, options, progress=self._report)
+        with closing(engine_backend(staged, config.precision, [self._size])) as backend:
+            self._judge(backend, builds[0].file, backend.reason)
+        return builds
 
-    def judge_on_cpu(self, folder: Path) -> tuple[CpuRecord, Verdict]:
+    def judge_on_cpu(self, folder: Path) -> CpuRecord:
         """Pass what OpenVINO computes on this processor through the gate, and record that it passed."""
+        self._backend.close()
         staged, precision = open_bundle(folder, verify=False), self._config.precision
         with closing(cpu_backend(staged, precision)) as backend:
-            name = f"image-{precision}-{_size_text(self.size)}"
-            verdict = self._verdict(backend, f"{name} in OpenVINO", backend.reason)
-            return record_verdict(staged, self.size, verdict, backend.identity), verdict
+            name = f"image-{precision}-{_size_text(self._size)}"
+            verdict = self._judge(backend, f"{name} in OpenVINO", backend.reason)
+            return record_verdict(staged, self._size, verdict, backend.identity)
 
-    def _verdict(self, judged: Judged, artefact: str, ran_on: str) -> Verdict:
+    def _judge_float32(self, path: Path, artefact: str) -> Verdict:
+        """Pass a float32 graph whose decoder was rewritten through the gate of float32."""
+        thresholds = self._thresholds if self._config.precision == "fp32" else THRESHOLDS["fp32"]
+        runner = GraphRunner(path, self._backend)
+        return self._judge(runner, artefact, runner.name, precision="fp32", thresholds=thresholds, tier="rewritten")
+
+    def _judge(
+        self,
+        judged: Judged,
+        artefact: str,
+        ran_on: str,
+        *,
+        precision: str | None = None,
+        thresholds: GateThresholds | None = None,
+        tier: str | None = None,
+    ) -> Verdict:
+        """Pass an artefact through the gate; precision, thresholds and tier are those of the build unless given.
+
+        Raises:
+            ParityError: it is below the gate.
+        """
+
         def done(count: int) -> None:
             self._report(f"gate of {artefact}", count, self._gate.images)
 
-        precision = self._config.precision
+        precision, thresholds = precision or self._config.precision, thresholds or self._thresholds
         figures = self._gate.judge(judged, progress=done)
         require_parity(
             figures,
-            self._thresholds,
+            thresholds,
             what=artefact,
             precision=precision,
-            tier=self._config.tier,
+            tier=tier or self._config.tier,
             against=self._against,
         )
-        return Verdict(
+        verdict = Verdict(
             artefact=artefact,
             precision=precision,
             figures=figures,
-            thresholds=self._thresholds,
+            thresholds=thresholds,
             ran_on=ran_on,
             against=self._against,
         )
+        self.verdicts.append(verdict)
+        return verdict
 
 
 def _missing(config: BuildConfig) -> str | None:
@@ -404,22 +513,17 @@ def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _install(folder: Path, entry: ImageEntry, graph: PreparedGraph) -> None:
-    """Put a graph into a staged bundle and list it."""
-    precision = graph.config.precision
-    file = f"{Path(entry.files['fp32']).stem}.{precision}.onnx"
-    with atomic_file(folder / file) as temporary:  # renamed over a link: the bundle in use keeps its own file
-        temporary.write_bytes(graph.model.SerializeToString(deterministic=True))
-    raw = _read_manifest(folder)
-    for image in raw["images"]:
-        if (image["height"], image["width"]) == (entry.height, entry.width):
-            image["files"][precision] = file
-    write_manifest(folder, raw)
+def _take_common_graph(folder: Path, entry: ImageEntry, config: BuildConfig) -> None:
+    """Have processors run the graph of every device in this precision: one of their own is removed, which is said."""
+    file = remove_processor_graph(folder, entry.size, graph_precision(config.precision))
+    if file is not None:
+        also = "; float32 and bfloat16 share it" if graph_precision(config.precision) == "fp32" else ""
+        _log.warning("%s is removed: processors take the graph of every device%s", file, also)
 
 
 def _note(folder: Path, verdict: Verdict, made: Mapping[str, Any]) -> None:
     """Keep in bundle.json how a graph was made and what the gate said of it."""
-    raw = _read_manifest(folder)
+    raw = read_raw_manifest(folder)
     raw["checks"].setdefault(verdict.precision, {})[verdict.artefact] = {
         **verdict.figures.to_dict(),
         "thresholds": asdict(verdict.thresholds),
@@ -427,11 +531,6 @@ def _note(folder: Path, verdict: Verdict, made: Mapping[str, Any]) -> None:
         "made": dict(made),
     }
     write_manifest(folder, raw)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    return raw
 
 
 def _silent(what: str, done: int, in_all: int) -> None:

@@ -55,6 +55,8 @@ THRESHOLDS: Mapping[str, GateThresholds] = {
 
 _REMEDIES = {
     "fp32": "Report it with the output of tclkit verify --report: an engine in float32 should be exact",
+    "fp32 rewritten": "This form of the decoder rounds too coarsely for this model: take --decoder differences, which "
+    "adds and subtracts only, or --decoder direct",
     "fp16": "Some values may be too large for half precision: give images of your own kind (--calibration FOLDER), so "
     "that the layers in question are found and stay in float32; or take --fp32",
     "bf16": "bfloat16 keeps three digits at most, and this model needs more of them: take --fp32, or --int8, which may "

@@ -1,5 +1,7 @@
 """An image graph run by ONNX Runtime for the gate, with half precision as a GPU would store it."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -11,21 +13,28 @@ from .rounded_graph import rounded_graph
 
 
 class GraphRunner:
-    """Runs a candidate image graph, every half-precision tensor rounded; masks come from a bundle's own masks graph."""
+    """Runs a candidate image graph; masks come from a bundle's own masks graph.
 
-    name = "ONNX Runtime on the CPU, half precision emulated"
+    Args:
+        graph: a graph whose half-precision tensors are rounded, or the file of a float32 one, which is run as it is:
+            copies of its weights would cost gigabytes.
+        bundle_backend: of the bundle.
+    """
 
-    def __init__(self, model: onnx.ModelProto, bundle_backend: OnnxRuntimeBackend) -> None:
+    def __init__(self, graph: onnx.ModelProto | Path, bundle_backend: OnnxRuntimeBackend) -> None:
         import onnxruntime
 
+        self.name = "ONNX Runtime on the CPU"
+        source: str | bytes = str(graph)
+        if isinstance(graph, onnx.ModelProto):
+            self.name += ", half precision emulated"
+            source = rounded_graph(graph).SerializeToString()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = bundle_backend.threads
         # The level beyond fuses operators across the rounding between them.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        self._session = onnxruntime.InferenceSession(
-            rounded_graph(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
         self._backend = bundle_backend
 

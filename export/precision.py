@@ -1,5 +1,7 @@
 """From the float32 image graph to one in FP16 or INT8, by what the calibration images say of its values.
 
+The float32 graph may be one whose decoder was rewritten for processors; then that is a graph to install, too.
+
 FP16: values that come near half precision's largest number keep their neighbourhood in float32. INT8: channels are
 balanced, ranges measured, layers chosen, Q/DQ pairs put before them, and all the rest becomes FP16.
 """
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from tclkit.calib.activations import absolute_maxima, activation_ranges, float_tensor_maxima
 from tclkit.runtime.errors import ExportError
 
+from .decoder import DecoderForm
 from .gates import GateFigures, GateThresholds
 from .graph_edit import with_float_weights
 from .graph_rules import check_graph
@@ -32,12 +35,13 @@ GraphJudge = Callable[[onnx.ModelProto], GateFigures]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
-    """How a graph is made; see `BuildConfig`."""
+    """How a graph is made; see `BuildConfig`. `decoder`: form that its decoder was rewritten in; None: as exported."""
 
-    precision: Literal["fp16", "int8"]
+    precision: Literal["fp32", "fp16", "int8"]
     tier: Literal["all", "decoder-only", "auto"] = "all"
     range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
     smoothing: float | None = 0.5
+    decoder: DecoderForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +76,8 @@ class PreparedGraph:
                 "int8_layers": list(self.layers),
                 "int8_share": self.int8_share,
             }
+        if self.config.decoder is not None:
+            made |= {"decoder": self.config.decoder}
         if self.sensitivities:
             made["sensitivities"] = {one.block: one.loss for one in self.sensitivities}
         return made
@@ -90,8 +96,8 @@ def prepare_graph(
     """Make the graph of a precision.
 
     Args:
-        model: float32 image graph; not changed.
-        config: how.
+        model: float32 image graph, its decoder in the form that `config` says; not changed.
+        config: how; for "fp32" the graph is taken as it is, with float32 weights.
         images: batches (B, H, W, 3) uint8 to measure values on; read several times.
         content_hash: of the images, under which ranges are kept for the next build; None keeps nothing.
         judge: for the search of `tier` "auto".
@@ -102,7 +108,9 @@ def prepare_graph(
         ExportError: the result is not what the runtimes we target read, or there is nothing to quantise.
     """
     source = with_float_weights(model)
-    if config.precision == "fp16":
+    if config.precision == "fp32":
+        prepared = PreparedGraph(model=source, config=config, wide=(), layers=(), int8_share=0.0, sensitivities=())
+    elif config.precision == "fp16":
         wide = wide_tensors(source, float_tensor_maxima(source, images, content_hash=content_hash, progress=progress))
         made = half_graph(source, wide={one.tensor for one in wide})
         prepared = PreparedGraph(model=made, config=config, wide=wide, layers=(), int8_share=0.0, sensitivities=())

@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
-from tclkit.runtime.cpu_records import CpuIdentity, cpu_misfit, read_cpu_records
+from tclkit.runtime.cpu_records import CpuIdentity, cpu_misfit, outdated_graphs, read_cpu_records
 from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine, read_engines
 from tclkit.runtime.errors import TclkitError
 from tclkit.runtime.manifest import ImageEntry
@@ -114,6 +114,9 @@ def verify_bundle(
 ) -> Verification:
     """Judge every graph and every engine of a bundle on this machine, and what OpenVINO computes on its processor.
 
+    Graphs for processors are judged as they are, in ONNX Runtime, and as what OpenVINO runs. One that is outdated is
+    named and left out, for nothing runs it.
+
     OpenVINO is judged in float32, in which it needs no build, and in every precision that was built on this machine.
 
     Args:
@@ -155,6 +158,7 @@ def verify_bundle(
                 not_for_here[name] = str(error)
             except TclkitError as error:  # an engine that should run here, and does not
                 problems[name] = error.message.replace(str(bundle.folder), bundle.name)
+        verdicts += _processor_verdicts(bundle, entry, gate, backend, report)
         for precision in _cpu_precisions(bundle, size, cpu):
             name = f"{precision} in OpenVINO {size[0]}x{size[1]}"
             try:
@@ -163,7 +167,7 @@ def verify_bundle(
                 problems[name] = error.message.replace(str(bundle.folder), bundle.name)
     if isinstance(device, str):
         not_for_here["engines"] = device
-    not_for_here |= _cpu_misfits(bundle, cpu)
+    not_for_here |= outdated_graphs(bundle) | _cpu_misfits(bundle, cpu)
     return Verification(
         bundle={"name": bundle.name, "created": bundle.manifest.created, "tclkit": bundle.manifest.tclkit_version},
         machine=_machine(device, cpu),
@@ -198,6 +202,20 @@ def _engine_verdicts(
             name = found.path.name
     with closing(engine_backend(bundle, precision, [size])) as backend:
         yield _verdict(gate, backend, name, precision, thresholds, backend.reason, report)
+
+
+def _processor_verdicts(
+    bundle: Bundle, entry: ImageEntry, gate: Gate, backend: OnnxRuntimeBackend, report: Progress
+) -> Iterator[Verdict]:
+    """Of the graphs that only processors run, as ONNX Runtime computes them."""
+    for precision in entry.processor:
+        graph = bundle.manifest.processor_graph(entry, precision)
+        if graph is None:
+            continue
+        path = bundle.path(graph.file)
+        runner = GraphRunner(path if precision == "fp32" else onnx.load(path), backend)
+        thresholds = kept_thresholds(bundle, precision, graph.file)
+        yield _verdict(gate, runner, graph.file, precision, thresholds, runner.name, report)
 
 
 def _cpu_precisions(bundle: Bundle, size: tuple[int, int], cpu: CpuIdentity | str) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
+from .cpu_records import graph_file
 from .errors import BackendError, BundleError, EngineMismatchError, InputError
 from .manifest import RUN_PRECISIONS
 
@@ -207,6 +208,23 @@ def check_kp_w(bundle: Bundle, kp_w: float) -> None:
     if kp_w > 0 and not bundle.manifest.has_kp:
         remedy = "Use kp_w 0, or export the bundle with a KP branch"
         raise InputError(f"{bundle.name} has no KP branch, but kp_w is {kp_w}. {remedy}")
+
+
+def image_file(bundle: Bundle, backend: str, precision: str, size: tuple[int, int]) -> str | None:
+    """Name of the image graph's file that a backend runs, or has compiled, to compute in a precision.
+
+    Args:
+        bundle: opened.
+        backend: its name; OpenVINO takes graphs for processors where there are some.
+        precision: computed in.
+        size: (H, W) in pixels of the images.
+
+    Returns:
+        None where the bundle has none.
+    """
+    if backend == "openvino":
+        return graph_file(bundle, precision, size)
+    return next((entry.files.get(precision) for entry in bundle.manifest.images if entry.size == size), None)
 
 
 _ORDER = ("tensorrt", "openvino", "onnxruntime")

@@ -32,6 +32,7 @@ GATE_FIGURES = ("label_agreement", "mask_iou", "features_cosine")
 _CPUINFO = Path("/proc/cpuinfo")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEXTS = ("precision", "graph_sha256", "openvino_version", "processor", "flags_sha256", "system")
+_AGAIN = "Build it again: tclkit build-engine --device cpu"
 _log = logging.getLogger(__name__)
 
 
@@ -183,9 +184,22 @@ def fitting_precisions(bundle: Bundle, identity: CpuIdentity) -> tuple[str, ...]
 
 
 def graph_file(bundle: Bundle, precision: str, size: tuple[int, int]) -> str | None:
-    """Name of the file that is run to compute in a precision; None where the bundle has none."""
-    files = [entry.files for entry in bundle.manifest.images if (entry.height, entry.width) == size]
-    return files[0].get(graph_precision(precision)) if files else None
+    """Name of the file that a processor runs to compute in a precision; None where the bundle has none.
+
+    That is the graph for processors where there is one, else the one for every device.
+    """
+    entry = next((entry for entry in bundle.manifest.images if entry.size == size), None)
+    if entry is None:
+        return None
+    kind = graph_precision(precision)
+    own = bundle.manifest.processor_graph(entry, kind)
+    return entry.files.get(kind) if own is None else own.file
+
+
+def outdated_graphs(bundle: Bundle) -> dict[str, str]:
+    """Graphs for processors that are not run, by file name: why, and how to have them again, as a sentence."""
+    why = f"was made from another float32 graph than {bundle.name} has now, and is not run"
+    return {file: f"{file} {why}. {_AGAIN}" for file in bundle.manifest.outdated_files}
 
 
 def _processor_flags() -> list[str]:
@@ -207,7 +221,6 @@ def _read_or_announced(path: Path) -> CpuRecord | None:
 
 
 def _read(path: Path) -> CpuRecord:
-    again = "Build it again: tclkit build-engine --device cpu"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
@@ -217,11 +230,11 @@ def _read(path: Path) -> CpuRecord:
         raise BundleError(f"{path} cannot be read: {error.strerror}", file=path.name) from error
     except BundleError as error:
         where = "" if str(path) in error.message else f"{path}: "
-        raise BundleError(f"{where}{error.message.rstrip('. ')}. {again}", file=path.name) from error
+        raise BundleError(f"{where}{error.message.rstrip('. ')}. {_AGAIN}", file=path.name) from error
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not valid JSON ({error}). {again}", file=path.name) from error
+        raise BundleError(f"{path} is not valid JSON ({error}). {_AGAIN}", file=path.name) from error
     if record.name != path.stem:  # so that no record can speak for another
-        raise BundleError(f"{path} describes {record.name}. {again}", file=path.name)
+        raise BundleError(f"{path} describes {record.name}. {_AGAIN}", file=path.name)
     return record
 
 

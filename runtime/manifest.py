@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,8 @@ from .errors import BundleError
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
 """Of the image graphs' files."""
+PROCESSOR_PRECISIONS = ("fp32", "int8")
+"""Of the graphs that only processors run."""
 RUN_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 """What a backend may compute in: bf16 is no file of its own, but the float32 graph computed in bfloat16."""
 
@@ -37,16 +39,37 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessorGraph:
+    """A graph that only processors run: the float32 graph with its decoder in a form that is quicker there.
+
+    file: its name.
+    decoder: that form, such as "winograd4".
+    source_sha256: of the float32 graph that it was made from, as bundle.json had it then.
+    """
+
+    file: str
+    decoder: str
+    source_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageEntry:
     """One image size of the bundle.
 
     height, width: pixels the graph takes.
-    files: file name by precision ("fp32", "fp16", "int8").
+    files: file name by precision ("fp32", "fp16", "int8"): what every device runs.
+    processor: by precision ("fp32", "int8") what processors run in its place; empty in a bundle as it was exported.
     """
 
     height: int
     width: int
     files: Mapping[str, str]
+    processor: Mapping[str, ProcessorGraph] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +162,28 @@ class Manifest:
         """Precisions that every image size of the bundle comes in."""
         return tuple(p for p in PRECISIONS if all(p in image.files for image in self.images))
 
+    def processor_graph(self, image: ImageEntry, precision: str) -> ProcessorGraph | None:
+        """The graph that processors run in the place of the common one.
+
+        Returns:
+            None where there is none, or only one that was made from another float32 graph than the bundle has now.
+        """
+        graph = image.processor.get(precision)
+        return None if graph is None or graph.file in self.outdated_files else graph
+
+    @property
+    def outdated_files(self) -> tuple[str, ...]:
+        """Processors' graphs that were made from another float32 graph than the bundle has now: nothing runs them."""
+        return tuple(
+            graph.file
+            for image in self.images
+            for graph in image.processor.values()
+            if graph.source_sha256 != self._float32_sha256(image)
+        )
+
+    def _float32_sha256(self, image: ImageEntry) -> str:
+        return self.files[image.files["fp32"]].sha256 if "fp32" in image.files else ""
+
 
 def graph_precision(precision: str) -> str:
     """Precision of the file that is run to compute in one of `RUN_PRECISIONS`."""
@@ -205,7 +250,29 @@ def _image(section: Section) -> ImageEntry:
     files = section.section("files")
     files.refuse_unknown(PRECISIONS)
     names = {precision: files.text(precision) for precision in files.raw}
-    return ImageEntry(height=section.positive("height"), width=section.positive("width"), files=MappingProxyType(names))
+    return ImageEntry(
+        height=section.positive("height"),
+        width=section.positive("width"),
+        files=MappingProxyType(names),
+        processor=MappingProxyType(_processor(section)),
+    )
+
+
+def _processor(image: Section) -> dict[str, ProcessorGraph]:
+    if "processor" not in image.raw:  # as exported, and before there were such graphs
+        return {}
+    section = image.section("processor")
+    section.refuse_unknown(PROCESSOR_PRECISIONS)
+    if not section.raw:
+        raise image.wrong("processor", "at least one graph", {})
+    return {precision: _processor_graph(section.section(precision)) for precision in section.raw}
+
+
+def _processor_graph(section: Section) -> ProcessorGraph:
+    section.refuse_unknown(ProcessorGraph.__dataclass_fields__)
+    return ProcessorGraph(
+        file=section.text("file"), decoder=section.text("decoder"), source_sha256=_sha256(section, "source_sha256")
+    )
 
 
 def _preprocessing(section: Section) -> Preprocessing:
@@ -231,13 +298,18 @@ def _vocabulary(top: Section) -> Vocabulary | None:
 def _record(files: Section, name: str) -> FileRecord:
     section = files.section(name)
     section.refuse_unknown(FileRecord.__dataclass_fields__)
-    digest = section.text("sha256")
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise section.wrong("sha256", "64 lower-case hexadecimal digits", digest)
+    digest = _sha256(section, "sha256")
     size = section.integer("size_bytes")
     if size < 0:
         raise section.wrong("size_bytes", "0 or more", size)
     return FileRecord(sha256=digest, size_bytes=size)
+
+
+def _sha256(section: Section, key: str) -> str:
+    digest = section.text(key)
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise section.wrong(key, "64 lower-case hexadecimal digits", digest)
+    return digest
 
 
 def _templates(top: Section) -> tuple[str, ...]:
@@ -263,6 +335,11 @@ def _check_whole(manifest: Manifest, where: str) -> None:
         if not image.files:
             raise BundleError(f"{where}: image size {image.height}x{image.width} names no file. {AGAIN}", key="images")
         named += image.files.values()
-    for file in named:
+    own = [graph.file for image in manifest.images for graph in image.processor.values()]
+    for file in own:  # it is removed when its precision is built without it
+        if file in named or own.count(file) > 1:
+            message = f"{where} names {file!r} under 'processor', and for something else too"
+            raise BundleError(f"{message}. {AGAIN}", file=file)
+    for file in (*named, *own):
         if file not in manifest.files:
             raise BundleError(f"{where} uses {file!r} but does not list it under 'files'. {AGAIN}", file=file)

@@ -31,6 +31,7 @@ from .cpu_records import (
     cpu_misfit,
     fitting_precisions,
     graph_file,
+    outdated_graphs,
     read_cpu_records,
 )
 from .engines import build_command
@@ -357,6 +358,8 @@ def _has_bf16(core: Any) -> bool:
 
 
 def _image_files(bundle: Bundle, precision: str) -> dict[Size, str]:
+    for why in outdated_graphs(bundle).values():
+        _log.warning("%s", why)
     sizes = [(entry.height, entry.width) for entry in bundle.manifest.images]
     found = {size: graph_file(bundle, precision, size) for size in sizes}
     files = {size: file for size, file in found.items() if file is not None}

@@ -5,13 +5,17 @@ Tests run with --import-mode=importlib, so test files cannot import each other: 
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
+
+from tclkit.runtime.bundle import MANIFEST_NAME, write_manifest
 
 TESTS = Path(__file__).resolve().parent
 
@@ -84,6 +88,35 @@ def write_tiny_bundle(tiny: ModuleType) -> Callable[..., Path]:
 def tiny_bundle_folder(write_tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle with default options, for reading only; copy it before changing it."""
     return write_tiny_bundle(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def add_processor_graph() -> Callable[..., str]:
+    """add_processor_graph(folder, precision="fp32", source_sha256=None): put a graph for processors into a bundle.
+
+    It is the float32 graph with another name inside, so that its hash is another; made from the bundle's float32 graph,
+    unless `source_sha256` says from which. Returns its file name.
+    """
+    return _add_processor_graph
+
+
+def _add_processor_graph(
+    folder: Path, precision: str = "fp32", *, graph: bytes | None = None, source_sha256: str | None = None
+) -> str:
+    raw = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    image = raw["images"][0]
+    common = image["files"]["fp32"]
+    file = "image.cpu.onnx" if precision == "fp32" else f"image.cpu.{precision}.onnx"
+    if graph is None:
+        model = onnx.load(folder / common)
+        model.graph.name = f"{precision} for processors"
+        graph = model.SerializeToString()
+    (folder / file).write_bytes(graph)
+    source = source_sha256 or raw["files"][common]["sha256"]
+    made = {"file": file, "decoder": "winograd4", "source_sha256": source}
+    image["processor"] = image.get("processor", {}) | {precision: made}
+    write_manifest(folder, raw)
+    return file
 
 
 @pytest.fixture

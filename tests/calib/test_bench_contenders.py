@@ -1,4 +1,6 @@
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,12 @@ def test_one_size_alone(bundle: Bundle, size: tuple[int, int]) -> None:
 def test_a_size_without_graph_is_refused(bundle: Bundle) -> None:
     with pytest.raises(InputError, match=r"no image graph for 64x32, only for 64x64, 32x64\. .* --size 64x32"):
         bundle_of_size(bundle, (64, 32))
+
+
+def test_what_only_processors_run_is_measured_there(
+    tiny_bundle_folder: Path, tmp_path: Path, add_processor_graph: Callable[..., str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle_folder, tmp_path / "tiny"))
+    add_processor_graph(folder, "int8")
+    names = [entrant.name for entrant in choose_entrants(open_bundle(folder), ["onnxruntime", "openvino"], [], [])]
+    assert names == ["onnxruntime fp32", "openvino fp32", "openvino bf16", "openvino int8"]

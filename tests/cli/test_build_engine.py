@@ -87,7 +87,10 @@ def test_below_the_gate_the_table_is_an_error_and_nothing_is_written(invoke: Inv
         (("--fp16", "--size", "64x64"), 1, "has image graphs for 128x128, not for 64x64"),
         (("--fp16", "--auto"), 1, "auto chooses layers for INT8"),
         (("--fp32", "--prepare-only"), 1, "nothing to prepare"),
-        (("--bf16", "--device", "cpu", "--prepare-only"), 1, "nothing to prepare"),
+        (("--bf16", "--device", "cpu", "--decoder", "direct", "--prepare-only"), 1, "nothing to prepare"),
+        (("--int8", "--decoder", "winograd4"), 1, "other forms of the decoder are for processors: add --device cpu"),
+        (("--fp32", "--device", "cpu", "--decoder", "winograd"), 2, "is not one of"),
+        (("--int8", "--device", "cpu"), 1, "INT8 needs images to calibrate on"),
         (("--int8",), 1, "INT8 needs images to calibrate on"),
         (("--int8", "--calibration", "none"), 1, "none"),
         (("--int8", "--calibration", "empty"), 1, "empty"),
@@ -118,6 +121,8 @@ def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folde
     built = invoke("build-engine", "--device", "cpu", "--fp32")
     assert built.exit_code == 0, built.stderr
     assert "image-fp32-128x128 in OpenVINO" in built.stdout
+    assert "decoder  winograd4 in the graph that processors run" in built.stderr
+    assert "image.cpu.onnx" in built.stdout
     assert "compiled image-fp32-128x128 for OpenVINO" in built.stderr
     assert (models_folder / "tcl-shapes" / "engines" / "openvino" / "image-fp32-128x128.json").is_file()
     document = json.loads(invoke("segment", scene, "red circle", "--json").stdout)
@@ -128,15 +133,33 @@ def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folde
     (model,) = json.loads(invoke("info", "--json").stdout)["models"]
     (built_here,) = model["on_cpu"]
     assert (built_here["precision"], built_here["fits"], built_here["why_not"]) == ("fp32", True, "")
+    (graph,) = model["for_processors"]
+    assert graph == {
+        "file": "image.cpu.onnx",
+        "precision": "fp32",
+        "image_size": "128x128",
+        "decoder": "winograd4",
+        "outdated": False,
+    }
+    assert model["precisions"] == ["fp32"]
     assert "Built for processors" in invoke("info").stdout
+    direct = invoke("build-engine", "--device", "cpu", "--fp32", "--decoder", "direct")
+    assert direct.exit_code == 0, direct.stderr
+    assert "image.cpu.onnx is removed" in direct.stderr
+    assert json.loads(invoke("info", "--json").stdout)["models"][0]["for_processors"] == []
 
 
 @pytest.mark.usefixtures("without_openvino")
 def test_a_processor_without_openvino(invoke: Invoke, models_folder: Path) -> None:
+    missing = 'nothing was compiled: OpenVINO is not installed here (pip install "tclkit[openvino]")'
+    result = invoke("build-engine", "--device", "cpu", "--bf16", "--decoder", "direct")
+    assert result.exit_code == 3
+    assert missing in result.stderr
+    assert not models_folder.exists()  # there was nothing to prepare
     result = invoke("build-engine", "--device", "cpu", "--bf16")
     assert result.exit_code == 3
-    assert 'nothing was compiled: OpenVINO is not installed here (pip install "tclkit[openvino]")' in result.stderr
-    assert not models_folder.exists()
+    assert missing in result.stderr
+    assert (models_folder / "tcl-shapes" / "image.cpu.onnx").is_file()
 
 
 def test_the_whole_path_on_the_simulator(

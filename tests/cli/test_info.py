@@ -108,3 +108,19 @@ def test_engines_where_there_is_no_tensorrt(
     (engine,) = [engine for model in found["models"] for engine in model["engines"]]
     assert not engine["fits"]
     assert engine["why_not"].startswith("tensorrt cannot be imported")
+
+
+@pytest.mark.parametrize("outdated", [False, True])
+def test_graphs_for_processors(
+    outdated: bool, invoke: Invoke, tiny_model: Path, add_processor_graph: Callable[..., str]
+) -> None:
+    add_processor_graph(tiny_model, "int8", source_sha256="ab" * 32 if outdated else None)
+    (model,) = [
+        one for one in json.loads(invoke("info", "--json").stdout)["models"] if one["folder"] == str(tiny_model)
+    ]
+    assert model["precisions"] == ["fp32"]
+    (graph,) = model["for_processors"]
+    assert (graph["file"], graph["precision"], graph["outdated"]) == ("image.cpu.int8.onnx", "int8", outdated)
+    table = invoke("info").stdout
+    assert "winograd4" in table
+    assert ("outdated" in table) == outdated

@@ -18,9 +18,9 @@ OPTIONS = {
     "--background --no-background --pamr --kp --fit --flip --scales --contrast --debug",
     "pull": "name --checkpoint --clip --url --clip-url --sha256 --size --decoder --output -o --debug",
     "export": "checkpoint --output -o --size --clip --name --half-weights --kp-attention --decoder --debug",
-    "build-engine": "--model -m --fp16 --int8 --bf16 --fp32 --device --calibration --calibration-images --seed "
-    "--decoder-only --auto --ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine --size "
-    "--max-batch --max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla "
+    "build-engine": "--model -m --fp16 --int8 --bf16 --fp32 --device --decoder --calibration --calibration-images "
+    "--seed --decoder-only --auto --ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine "
+    "--size --max-batch --max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla "
     "--prepare-only --output -o --json --debug",
     "verify": "model --calibration --images --prompts --report --json --debug",
     "train": "--config -c --output -o --set --resume --dry-run --json --debug",

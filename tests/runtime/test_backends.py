@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tclkit.runtime import backends
-from tclkit.runtime.backends import Backend, available_backends, choose_backend
+from tclkit.runtime.backends import Backend, available_backends, choose_backend, image_file
 from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BackendError
 
@@ -170,3 +170,22 @@ def test_a_loaded_module_without_spec_counts_as_installed(monkeypatch: pytest.Mo
 def test_a_precision_the_bundle_does_not_have(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="tiny has no image graph in int8, only in fp32"):
         choose_backend("auto", bundle, precision="int8")
+
+
+def test_which_graph_a_backend_runs(
+    tiny_bundle_folder: Path, tmp_path: Path, add_processor_graph: Callable[..., str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle_folder, tmp_path / "tiny"))
+    for precision in ("fp32", "int8"):
+        add_processor_graph(folder, precision)
+    bundle = open_bundle(folder)
+    found = {
+        name: [image_file(bundle, name, precision, (64, 64)) for precision in ("fp32", "bf16", "int8", "fp16")]
+        for name in ("openvino", "onnxruntime", "tensorrt")
+    }
+    assert found == {
+        "openvino": ["image.cpu.onnx", "image.cpu.onnx", "image.cpu.int8.onnx", None],
+        "onnxruntime": ["image.onnx", None, None, None],
+        "tensorrt": ["image.onnx", None, None, None],
+    }
+    assert image_file(bundle, "onnxruntime", "fp32", (32, 32)) is None

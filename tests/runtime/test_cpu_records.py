@@ -20,6 +20,8 @@ from tclkit.runtime.cpu_records import (
     cpu_identity,
     cpu_misfit,
     fitting_precisions,
+    graph_file,
+    outdated_graphs,
     read_cpu_records,
     write_cpu_record,
 )
@@ -135,3 +137,29 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert fewer.flags_sha256 != here.flags_sha256
     monkeypatch.setattr(cpu_records, "_CPUINFO", tmp_path / "none")  # not Linux
     assert cpu_identity(core).flags_sha256 not in (fewer.flags_sha256, here.flags_sha256)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_for_processors_comes_first(
+    precision: str, folder: Path, add_processor_graph: Callable[..., str]
+) -> None:
+    common = record(folder, precision)
+    assert graph_file(open_bundle(folder), precision, (64, 64)) == "image.onnx"
+    file = add_processor_graph(folder)
+    bundle = open_bundle(folder)
+    assert graph_file(bundle, precision, (64, 64)) == file
+    assert graph_file(bundle, "int8", (64, 64)) is None
+    assert graph_file(bundle, precision, (32, 32)) is None
+    assert "judged with another image graph" in cpu_misfit(bundle, common, HERE)
+    own = record(folder, precision, graph_sha256=bundle.manifest.files[file].sha256)
+    assert cpu_misfit(bundle, own, HERE) == ""
+
+
+def test_an_outdated_graph_is_not_run_and_named(folder: Path, add_processor_graph: Callable[..., str]) -> None:
+    assert outdated_graphs(open_bundle(folder)) == {}
+    file = add_processor_graph(folder, source_sha256="ab" * 32)
+    bundle = open_bundle(folder)
+    assert graph_file(bundle, "fp32", (64, 64)) == "image.onnx"
+    why = outdated_graphs(bundle)[file]
+    assert "image.cpu.onnx was made from another float32 graph than tiny has now, and is not run" in why
+    assert "tclkit build-engine --device cpu" in why

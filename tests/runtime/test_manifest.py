@@ -98,3 +98,75 @@ def test_a_wrong_value(raw: dict[str, Any], change: Change, message: str) -> Non
         manifest_from_dict(raw, where="models/x/bundle.json")
     assert "models/x/bundle.json" in str(caught.value)
     assert "again" in str(caught.value)
+
+
+SOURCE = "ab" * 32
+
+
+def with_processor(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The manifest with a float32 graph for processors, some of its keys changed."""
+    record = {"sha256": "cd" * 32, "size_bytes": 1}
+    raw["files"] |= {"image.cpu.onnx": record, "image.cpu.int8.onnx": record}
+    source = raw["files"]["image.onnx"]["sha256"]
+    made = {"file": "image.cpu.onnx", "decoder": "winograd4", "source_sha256": source} | changes
+    raw["images"][0]["processor"] = {"fp32": made}
+    return raw
+
+
+def test_an_exported_bundle_has_no_graphs_for_processors(raw: dict[str, Any]) -> None:
+    manifest = manifest_from_dict(raw, where="")
+    (image,) = manifest.images
+    assert image.processor == {}
+    assert manifest.processor_graph(image, "fp32") is None
+    assert manifest.outdated_files == ()
+
+
+def test_graphs_for_processors(raw: dict[str, Any]) -> None:
+    manifest = manifest_from_dict(with_processor(raw), where="")
+    (image,) = manifest.images
+    graph = manifest.processor_graph(image, "fp32")
+    assert graph is not None
+    assert (graph.file, graph.decoder) == ("image.cpu.onnx", "winograd4")
+    assert manifest.processor_graph(image, "int8") is None
+    assert manifest.outdated_files == ()
+    assert manifest.precisions == ("fp32",)
+    assert image.size == (64, 64)
+
+
+def test_one_of_another_float32_graph_is_outdated(raw: dict[str, Any]) -> None:
+    manifest = manifest_from_dict(with_processor(raw, source_sha256=SOURCE), where="")
+    assert manifest.processor_graph(manifest.images[0], "fp32") is None
+    assert manifest.outdated_files == ("image.cpu.onnx",)
+    del raw["images"][0]["files"]["fp32"]
+    raw["images"][0]["files"]["fp16"] = "image.onnx"
+    assert manifest_from_dict(raw, where="").outdated_files == ("image.cpu.onnx",)
+
+
+BAD_PROCESSOR: list[tuple[Change, str]] = [
+    (lambda image: image.update(processor={}), r"'images\[0\]\.processor' should be at least one graph"),
+    (lambda image: image.update(processor=[]), r"'images\[0\]\.processor' should be an object"),
+    (lambda image: image.update(processor=None), r"'images\[0\]\.processor' should be an object"),
+    (lambda image: image["processor"].update(fp16=image["processor"]["fp32"]), r"unknown key .*processor\.fp16"),
+    (lambda image: image["processor"].update(fp32="image.cpu.onnx"), r"processor\.fp32' should be an object"),
+    (lambda image: image["processor"]["fp32"].update(form="x"), r"unknown key .*processor\.fp32\.form"),
+    (lambda image: image["processor"]["fp32"].pop("file"), r"lacks the key .*processor\.fp32\.file"),
+    (lambda image: image["processor"]["fp32"].pop("decoder"), r"lacks the key .*processor\.fp32\.decoder"),
+    (lambda image: image["processor"]["fp32"].update(decoder=4), r"processor\.fp32\.decoder' should be a text"),
+    (lambda image: image["processor"]["fp32"].update(source_sha256="AB" * 32), "64 lower-case hexadecimal digits"),
+    (lambda image: image["processor"]["fp32"].update(file="image.onnx"), "'image.onnx' .*and for something else too"),
+    (lambda image: image["processor"]["fp32"].update(file="text.onnx"), "'text.onnx' .*and for something else too"),
+    (lambda image: image["processor"].update(int8=image["processor"]["fp32"]), "and for something else too"),
+    (
+        lambda image: image["processor"]["fp32"].update(file="../image.onnx"),
+        r"uses '\.\./image\.onnx' but does not",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PROCESSOR)
+def test_wrong_graphs_for_processors(raw: dict[str, Any], change: Change, message: str) -> None:
+    change(with_processor(raw)["images"][0])
+    with pytest.raises(BundleError, match=message) as caught:
+        manifest_from_dict(raw, where="models/x/bundle.json")
+    assert "models/x/bundle.json" in str(caught.value)
+    assert "again" in str(caught.value)

@@ -381,3 +381,35 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+def renamed(folder: Path) -> bytes:
+    """The tiny bundle's image graph that takes each colour of the palette for the next one."""
+    model = onnx.load(folder / "image.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name in ("weight", "bias"):
+            values = np.roll(onnx.numpy_helper.to_array(tensor), 1, axis=0)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("outdated", [False, True])
+def test_a_graph_for_processors_is_run_here_and_nowhere_else(
+    outdated: bool,
+    write_tiny_bundle: Callable[..., Path],
+    add_processor_graph: Callable[..., str],
+    tmp_path: Path,
+    tiny: ModuleType,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = write_tiny_bundle(tmp_path / "tiny")
+    source = "ab" * 32 if outdated else None
+    add_processor_graph(folder, graph=renamed(folder), source_sha256=source)
+    bundle = open_bundle(folder)
+    red = np.full((1, 64, 64, 3), tiny.PALETTE["red"], np.uint8)
+    names = list(tiny.PALETTE)
+    found = OpenVinoBackend(bundle, keep_compiled=False).image_features(red).grounded[0, :, 0, 0].argmax()
+    common = OnnxRuntimeBackend(bundle).image_features(red).grounded[0, :, 0, 0].argmax()
+    assert names[common] == "red"
+    assert names[found] == ("red" if outdated else "green")
+    assert ("image.cpu.onnx was made from another float32 graph" in caplog.text) == outdated
