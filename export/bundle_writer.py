@@ -201,8 +201,8 @@ def _write_graphs(model: TCL, plan: _Plan, folder: Path, report: _Steps) -> list
     for height, width in plan.sizes:
         report(f"image graph {height}x{width}")
         file = f"image-{height}x{width}.onnx" if images else "image.onnx"
-        graph = ImageGraph(model, (height, width), with_kp=with_kp, decoder=plan.decoder)
-        write_image_graph(graph, folder / file, half_weights=plan.half_weights)
+        graph = ImageGraph(model, (height, width), with_kp=with_kp)
+        write_image_graph(graph, folder / file, half_weights=plan.half_weights, decoder=plan.decoder)
         images.append({"height": height, "width": width, "files": {"fp32": file}})
     report("masks graph")
     write_masks_graph(MasksGraph(model, with_kp=with_kp), model.config.clip.embed_dim, folder / "masks.onnx")

@@ -15,22 +15,36 @@ from torch.export import Dim
 from tclkit.runtime.errors import ExportError
 from tclkit.runtime.files import atomic_file
 
+from .decoder import DEFAULT_DECODER, DecoderForm
+from .decoder_graph import rewrite_decoder
 from .graph_rules import IR_VERSION, LARGEST_FILE_BYTES, OPSET, check_graph
 from .wrapper import ImageGraph, MasksGraph, TextGraph
 
 _HALVED_FROM_SIZE = 1024  # elements; smaller tensors gain nothing
 
 
-def write_image_graph(graph: ImageGraph, path: Path, *, half_weights: bool = False) -> None:
+def write_image_graph(
+    graph: ImageGraph, path: Path, *, half_weights: bool = False, decoder: DecoderForm = DEFAULT_DECODER
+) -> None:
     """Write `image` uint8 [batch, H, W, 3] -> `grounded` [batch, D, s·h, s·w] (and `kp` [batch, D, h, w]).
 
+    Args:
+        graph: what to export.
+        path: the file, never half written.
+        half_weights: see `write_graph`.
+        decoder: form of the decoder; see decoder.py.
+
     Raises:
+        ConfigError: unknown form of the decoder.
         ExportError: see `write_graph`.
     """
     outputs = ["grounded", "kp"] if graph.kp is not None else ["grounded"]
     example = torch.zeros(2, *graph.size, 3, dtype=torch.uint8)
     dynamic = ({0: Dim("batch")},)
-    write_graph(graph, path, {"image": example}, outputs, dynamic, half_weights=half_weights)
+    model = _exported(graph, path.name, {"image": example}, outputs, dynamic)
+    if decoder != DEFAULT_DECODER:
+        model = rewrite_decoder(model, decoder)
+    _write(model, path, half_weights=half_weights)
 
 
 def write_masks_graph(graph: MasksGraph, embed_dim: int, path: Path) -> None:
@@ -81,8 +95,10 @@ def write_graph(
     Raises:
         ExportError: torch could not export it, or wrote what the runtimes we target do not read.
     """
-    model = _exported(module, path.name, inputs, outputs, dynamic_shapes)
-    _strip(model)
+    _write(_exported(module, path.name, inputs, outputs, dynamic_shapes), path, half_weights=half_weights)
+
+
+def _write(model: onnx.ModelProto, path: Path, *, half_weights: bool) -> None:
     if half_weights:
         _halve_weights(model)
     size = model.ByteSize()
@@ -126,6 +142,7 @@ def _exported(
             ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    _strip(model)
     return model
 
 

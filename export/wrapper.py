@@ -8,7 +8,8 @@ tcl/model.py stays the readable reference; here stand the exact rewrites. Weight
    layer scales fold into the linear layer before them; attention's 1/sqrt(d) folds into the query.
 4. The text tower takes texts cut to any length, for it is causal.
 5. With no KP weight the KP branch is not there.
-6. The decoder takes one of the forms of decoder.py.
+
+The decoder is written as it is; decoder_graph.py gives an exported graph another form.
 
 Shapes: B batch, N prompts, M texts, L tokens, C width, K heads, D embedding, H W pixels, h w patches, s mask cells a
 patch side.
@@ -26,11 +27,9 @@ from torch import Tensor, nn
 
 from tclkit.runtime.errors import ExportError
 from tclkit.tcl.batches import IMAGE_MEAN, IMAGE_STD
-from tclkit.tcl.grounder import Grounder, UpsamplingBlock
+from tclkit.tcl.grounder import GatedConv, Grounder, UpsamplingBlock
 from tclkit.tcl.model import TCL
 from tclkit.tcl.vision import nearness, position_embedding
-
-from .decoder import DEFAULT_DECODER, DecoderForm, upsampling_block
 
 _M = TypeVar("_M", nn.Linear, nn.Conv2d)
 _NORM_EPSILON = 1e-6  # the authors' smallest length in a normalisation
@@ -44,17 +43,11 @@ class ImageGraph(nn.Module):
         model: the model; it is not changed, and shares no folded weights.
         size: (H, W) pixels, multiples of the patch.
         with_kp: whether the KP branch is computed.
-        decoder: form of the decoder; see decoder.py.
-
-    Raises:
-        ConfigError: unknown form of the decoder.
     """
 
     tokens: Tensor
 
-    def __init__(
-        self, model: TCL, size: tuple[int, int], *, with_kp: bool = True, decoder: DecoderForm = DEFAULT_DECODER
-    ) -> None:
+    def __init__(self, model: TCL, size: tuple[int, int], *, with_kp: bool = True) -> None:
         super().__init__()
         visual, grounder = model.clip.visual, model.grounder
         patch = model.config.clip.patch_size
@@ -66,7 +59,7 @@ class ImageGraph(nn.Module):
         self.register_buffer("tokens", positions_LC + first_LC)  # (1 + hw, C) what every image starts from
         self.ln_pre = copy.deepcopy(visual.ln_pre)
         self.trunk = nn.Sequential(*(_Block(block) for block in visual.transformer.resblocks[:-1]))
-        self.grounder = _Grounder(grounder, decoder)
+        self.grounder = _Grounder(grounder)
         self.kp: _KeyPatches | _NeighbourPatches | None = None
         if with_kp:
             is_plain = model.kp_attention == "self"
@@ -287,10 +280,10 @@ class _NeighbourPatches(nn.Module):
 class _Grounder(nn.Module):
     """The learned branch, on a grid that each decoder block doubles."""
 
-    def __init__(self, grounder: Grounder, form: DecoderForm) -> None:
+    def __init__(self, grounder: Grounder) -> None:
         super().__init__()
         self.block = _SelfOnlyBlock(grounder.block)
-        self.decoder = nn.Sequential(*(upsampling_block(block, form).float() for block in _blocks(grounder)))
+        self.decoder = nn.Sequential(*(_UpsamplingBlock(block) for block in _blocks(grounder)))
         self.ln = copy.deepcopy(grounder.projection.ln)
         self.projection = _linear(grounder.projection.proj.detach().T)
 
@@ -298,6 +291,38 @@ class _Grounder(nn.Module):
         x_BhwC = self.decoder(self.block(x_BLC).unflatten(1, (h, w)))
         embedding_BhwD = self.projection(self.ln(x_BhwC))
         return _normalize(embedding_BhwD).permute(0, 3, 1, 2)
+
+
+class _UpsamplingBlock(nn.Module):
+    """One block of the decoder, for channels that stand last."""
+
+    def __init__(self, block: UpsamplingBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = _Branch(block.conv1), _Branch(block.conv2)
+
+    def forward(self, x_BhwC: Tensor) -> Tensor:
+        x_BCHW = F.interpolate(x_BhwC.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        x_BHWC = x_BHWC + self.conv1(x_BHWC)
+        y_BHWC: Tensor = x_BHWC + self.conv2(x_BHWC)
+        return y_BHWC
+
+
+class _Branch(nn.Module):
+    """A branch of such a block, its gate inside its convolution."""
+
+    def __init__(self, branch: GatedConv) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(branch.norm.normalized_shape, eps=branch.norm.eps)
+        self.norm.load_state_dict(branch.norm.state_dict())
+        factor = branch.gate.gate.detach().double().tanh()
+        inner = branch.conv
+        conv = nn.Conv2d(inner.in_channels, inner.out_channels, kernel_size=3, padding=1, device="meta")
+        self.conv = _with_weights(conv, _double(inner.weight) * factor, _double(inner.bias) * factor)
+
+    def forward(self, x_BhwC: Tensor) -> Tensor:
+        y_BChw: Tensor = self.conv(F.gelu(self.norm(x_BhwC)).permute(0, 3, 1, 2))
+        return y_BChw.permute(0, 2, 3, 1)
 
 
 def _blocks(grounder: Grounder) -> list[UpsamplingBlock]:
