@@ -192,6 +192,6 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _no_decoder(what: str) -> ExportError:
     return ExportError(
-        f"the graph has no decoder in the direct form: {what}. What can be rewritten is a float32 image graph as tclkit "
-        "export --decoder direct (the default) writes it: give that one, or export the checkpoint again"
+        f"the graph has no decoder in the direct form: {what}. What can be rewritten is a float32 image graph as "
+        "tclkit export --decoder direct (the default) writes it: give that one, or export the checkpoint again"
     )
