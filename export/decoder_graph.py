@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from .decoder import DIFFERENCES, WINOGRAD, DecoderForm, Rows, TileScheme, require_known_form
 from .decoder_blocks import CHANNELS_LAST, Axes, Branch, DecoderBlock, find_blocks, transposed
@@ -158,7 +158,7 @@ def _span(length: int, scheme: TileScheme) -> int:
 def _factors(branch: Branch, scheme: TileScheme) -> Iterator[_Values]:
     """The matrix (I, O) of every product, row by row; folded one by one, for in float64 all would be large."""
     taps = np.array(scheme.taps, np.float64)
-    weight_kkIO = branch.weight.transpose(2, 3, 1, 0).astype(np.float64)
+    weight_kkIO = branch.weight.transpose(2, 3, 1, 0).astype(np.float64, order="C")
     for down in taps:
         weight_kIO = np.tensordot(down, weight_kkIO, 1)
         for across in taps:
@@ -199,8 +199,14 @@ class _Writer:
     """
 
     def __init__(self, model: onnx.ModelProto, kind: np.dtype[Any]) -> None:
-        self._model, self._kind = model, kind
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._old, self._kind = model, kind
+        self._new = onnx.ModelProto(
+            ir_version=model.ir_version,
+            opset_import=model.opset_import,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+        )
+        self._constants: dict[str, TensorProto] = {}
         self._outputs = {value.name for value in model.graph.output}
         self._nodes: list[NodeProto] = []
         self._ends: dict[str, tuple[str, Axes]] = {}  # end of a block -> the same with channels last, its own axes
@@ -263,35 +269,30 @@ class _Writer:
     def whole(self, values: Sequence[int]) -> str:
         """A constant vector of whole numbers."""
         name = f"grounder.decoder.whole.{'_'.join(map(str, values))}"
-        self._weights[name] = numpy_helper.from_array(np.array(values, np.int64), name)
+        self._constants[name] = numpy_helper.from_array(np.array(values, np.int64), name)
         return name
 
     def weight(self, name: str, values: _Values) -> str:
         """A weight of this place."""
         name = f"{self.place}.{name}"
-        self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        self._new.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
     def finished(self) -> onnx.ModelProto:
         """The new graph, without what nothing reads."""
-        old = self._model
-        model = onnx.ModelProto(
-            ir_version=old.ir_version,
-            opset_import=old.opset_import,
-            producer_name=old.producer_name,
-            producer_version=old.producer_version,
-        )
-        model.graph.name = old.graph.name
-        model.graph.input.extend(old.graph.input)
-        model.graph.output.extend(old.graph.output)
         read, nodes = set(self._outputs), []
         for node in reversed(self._nodes):
             if read.intersection(node.output):
                 read.update(node.input)
                 nodes.append(node)
-        model.graph.node.extend(reversed(nodes))
-        model.graph.initializer.extend(tensor for name, tensor in self._weights.items() if name in read)
-        return model
+        old, new = self._old.graph, self._new.graph
+        new.name = old.name
+        new.node.extend(reversed(nodes))
+        new.input.extend(old.input)
+        new.output.extend(old.output)
+        tensors = (*old.initializer, *self._constants.values())
+        new.initializer.extend(tensor for tensor in tensors if tensor.name in read)
+        return self._new
 
     def _weighted_sum(self, maps: Sequence[str], factors: Sequence[float]) -> str:
         """Sum of maps times factors, with no product by 1 and no change of sign alone: each is a pass of memory."""
@@ -307,6 +308,6 @@ class _Writer:
             return x
         if (x, factor) not in self._scaled:
             name = f"grounder.decoder.times.{factor:g}"
-            self._weights[name] = numpy_helper.from_array(np.array(factor, self._kind), name)
+            self._constants[name] = numpy_helper.from_array(np.array(factor, self._kind), name)
             self._scaled[x, factor] = self.add("Mul", [x, name], "times")
         return self._scaled[x, factor]
