@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -23,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch.export import Dim
 
-from tclkit.export.decoder import DECODER_FORMS, DIFFERENCES, TileScheme, _TiledConv, upsampling_block
+from tclkit.export import decoder_graph
+from tclkit.export.decoder import DECODER_FORMS, DIFFERENCES, TileScheme
 from tclkit.export.onnx_graphs import write_graph, write_image_graph
-from tclkit.export.wrapper import ImageGraph, MasksGraph
+from tclkit.export.wrapper import ImageGraph, MasksGraph, _UpsamplingBlock
 from tclkit.tcl import TCL, ClipConfig, TCLConfig
 from tclkit.tcl.grounder import UpsamplingBlock
 
@@ -43,18 +45,28 @@ SMALL_DIFFERENCES = TileScheme(
 Run = Callable[[], list[NDArray[np.float32]]]
 
 
-def write_block(path: Path, form: str, width: int, grid: int) -> None:
-    """Write one block with the same weights for every form."""
+def write_block(path: Path, width: int, grid: int) -> None:
+    """Write one block in the direct form."""
     torch.manual_seed(0)
     block = UpsamplingBlock(width).requires_grad_(False)
     for name, parameter in block.named_parameters():
         if name.endswith("gate.gate"):
             parameter.fill_(0.5)
-    made = upsampling_block(block, "differences" if form == "differences1" else form)  # type: ignore[arg-type]
-    if form == "differences1":
-        made.conv1 = _TiledConv(block.conv1, SMALL_DIFFERENCES)
     example = torch.zeros(2, grid, grid, width)
-    write_graph(made.float().requires_grad_(False).eval(), path, {"x": example}, ["y"], ({0: Dim("batch")},))
+    module = _UpsamplingBlock(block).requires_grad_(False).eval()
+    write_graph(module, path, {"x": example}, ["y"], ({0: Dim("batch")},))
+
+
+def rewritten(direct: Path, form: str) -> Path:
+    """The graph in another form; the direct one is named "-direct.onnx"."""
+    path = direct.with_name(direct.name.replace("-direct", f"-{form}"))
+    if not path.exists():
+        is_small = form == "differences1"
+        scheme = SMALL_DIFFERENCES if is_small else DIFFERENCES
+        with mock.patch.object(decoder_graph, "DIFFERENCES", scheme):
+            made = decoder_graph.rewrite_decoder(onnx.load(direct), "differences" if is_small else form)  # type: ignore[arg-type]
+        onnx.save(made, path)
+    return path
 
 
 def vit_b_model() -> TCL:
@@ -69,13 +81,6 @@ def vit_b_model() -> TCL:
                 parameter.mul_(1.5)
         model.grounder.open_gates(0.5)
     return model
-
-
-def write_model(folder: Path, form: str, size: int) -> Path:
-    path = folder / f"image-{size}-{form}.onnx"
-    if not path.exists():
-        write_image_graph(ImageGraph(vit_b_model(), (size, size), decoder=form), path)  # type: ignore[arg-type]
-    return path
 
 
 def write_int8(source: Path, feeds: dict[str, NDArray[Any]]) -> Path:
@@ -196,14 +201,13 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, size, grid = arguments.folder, arguments.size, arguments.grid
     folder.mkdir(parents=True, exist_ok=True)
-    graphs: dict[str, Path] = {}
-    for form in arguments.forms:
+    direct = folder / (f"image-{size}-direct.onnx" if size else f"block-{grid}-{arguments.width}-direct.onnx")
+    if not direct.exists():
         if size:
-            graphs[form] = write_model(folder, form, size)
+            write_image_graph(ImageGraph(vit_b_model(), (size, size)), direct)
         else:
-            graphs[form] = folder / f"block-{grid}-{arguments.width}-{form}.onnx"
-            if not graphs[form].exists():
-                write_block(graphs[form], form, arguments.width, grid)
+            write_block(direct, arguments.width, grid)
+    graphs = {form: rewritten(direct, form) for form in arguments.forms}
     image = scenes(1, size, seed=9) if size else None
     block = np.random.default_rng(0).standard_normal((1, grid or 1, grid or 1, arguments.width)).astype(np.float32)
     feeds: dict[str, NDArray[Any]] = {"x": block} if image is None else {"image": image}

@@ -149,6 +149,14 @@ def test_layer_scale_folds_into_the_layer_before_it(make_model: Callable[..., TC
     assert largest_difference(wrapper._Block(block)(x), block(x)) < PARTS
 
 
+@torch.no_grad()
+def test_a_gate_folds_into_its_convolution(make_model: Callable[..., TCL]) -> None:
+    block = make_model().grounder.decoder[0]
+    x_BChw = torch.randn(2, 32, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = wrapper._UpsamplingBlock(block)(x_BChw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert largest_difference(found, block(x_BChw)) < PARTS
+
+
 def test_wrapping_leaves_model_and_random_state_alone(make_model: Callable[..., TCL]) -> None:
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
