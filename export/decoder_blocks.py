@@ -3,6 +3,7 @@
 Axes are numbered B 0, C 1, H 2, W 3. Transpositions may stand anywhere in a block: each step below sees through them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,12 @@ class DecoderBlock:
     """An upsampling block in the direct form.
 
     repeat: the Resize it begins with. grid: (h, w) of what that reads.
+    tokens: (B, hw, C) that were laid out for it to read, if they were.
     """
 
     repeat: NodeProto
     grid: tuple[int, int]
+    tokens: str | None
     first: Branch
     second: Branch
 
@@ -80,7 +83,7 @@ def transposed(axes: Axes, node: NodeProto) -> Axes:
 
 class _Finder:
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._index, self._grids = GraphIndex(model), _grids(model)
+        self._index, self._sizes = GraphIndex(model), _sizes(model)
 
     def is_repetition(self, node: NodeProto) -> bool:
         """Whether it repeats every cell of a (B, C, h, w) map twice on both axes."""
@@ -91,13 +94,23 @@ class _Finder:
 
     def block(self, repeat: NodeProto) -> DecoderBlock:
         """The block that a repetition begins."""
-        grid = self._grids.get(repeat.input[0])
-        if grid is None:
+        sizes = self._sizes.get(repeat.input[0], ())
+        if len(sizes) != 3 or not all(sizes):
             raise _no_decoder(f"the size of {repeat.input[0]} is not known")
         first = self._branch(repeat.output[0], CHANNELS_FIRST)
-        return DecoderBlock(
-            repeat=repeat, grid=grid, first=first, second=self._branch(first.add.output[0], first.sum_axes)
-        )
+        second = self._branch(first.add.output[0], first.sum_axes)
+        tokens = self._tokens(repeat.input[0], sizes)
+        return DecoderBlock(repeat=repeat, grid=(sizes[1], sizes[2]), tokens=tokens, first=first, second=second)
+
+    def _tokens(self, tensor: str, sizes: Sequence[int]) -> str | None:
+        """What a map (B, C, h, w) was made of, if by Transpose and Reshape of (B, hw, C)."""
+        laid_out = self._index.maker.get(tensor)
+        if laid_out is None or laid_out.op_type != "Reshape":
+            return None
+        turned, (width, h, w) = self._index.maker.get(laid_out.input[0]), sizes
+        if turned is None or turned.op_type != "Transpose" or transposed((0, 1, 2), turned) != (0, 2, 1):
+            return None
+        return str(turned.input[0]) if self._sizes.get(turned.output[0]) == (width, h * w) else None
 
     def _branch(self, source: str, source_axes: Axes) -> Branch:
         norm, norm_axes = self._reader("LayerNormalization", source, source_axes)
@@ -164,15 +177,11 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _grids(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """(h, w) of every (B, C, h, w) tensor of known size."""
+def _sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Sizes of every tensor but for its batch, 0 where one is not known."""
     inferred = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True)
-    grids = {}
-    for value in (*inferred.graph.value_info, *inferred.graph.input):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 4 and dims[2].dim_value and dims[3].dim_value:
-            grids[value.name] = (dims[2].dim_value, dims[3].dim_value)
-    return grids
+    values = (*inferred.graph.value_info, *inferred.graph.input)
+    return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]) for value in values}
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

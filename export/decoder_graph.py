@@ -58,7 +58,10 @@ def _write_block(writer: "_Writer", place: str, block: DecoderBlock, form: Decod
     """Write a block; only the first branch's convolution repeats, and adds the repeated map itself."""
     writer.place = f"{place}.conv1"
     (h, w), first, second = block.grid, block.first, block.second
-    x_BhwC = writer.channels_last(block.repeat.input[0])
+    if block.tokens is None:
+        x_BhwC = writer.channels_last(block.repeat.input[0])
+    else:
+        x_BhwC = writer.reshape(block.tokens, [-1, h, w, len(first.bias)])
     if form == "phases":
         repeated_BHWC = writer.channels_last(block.repeat.output[0])
         y_BHWC = writer.add("Add", [_phases(writer, x_BhwC, (h, w), first), repeated_BHWC], "sum")

@@ -66,11 +66,19 @@ def decoder_graph(
     width: int = 6,
     dtype: Any = np.float64,
     order: str = AS_EXPORTED,
+    tokens: bool = False,
 ) -> onnx.ModelProto:
-    """A graph `x` [batch, C, h, w] -> `y` [batch, C, s·h, s·w] and the same with channels last, `last`."""
+    """Blocks from `x` to `y`, [batch, C, s·h, s·w], and to the same with channels last, `last`.
+
+    `x` is [batch, C, h, w], or with `tokens` [batch, hw, C].
+    """
     made = _Decoder(width, dtype)
     made.weights.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"))
-    x = "x" if order != ALL_LAST else made.add("Transpose", "x", perm=LAST)
+    (h, w), finer, x = grid, 2**blocks, "x"
+    if tokens:
+        made.weights.append(numpy_helper.from_array(np.array([-1, width, h, w]), "laid_out"))
+        x = made.add("Reshape", made.add("Transpose", x, perm=[0, 2, 1]), "laid_out")
+    x = made.add("Transpose", x, perm=LAST) if order == ALL_LAST else x
     for i in range(blocks):
         x = made.block(x, f"grounder.decoder.{i}", order)
     first, last = (x, made.add("Transpose", x, perm=LAST))
@@ -79,8 +87,10 @@ def decoder_graph(
     made.nodes += [helper.make_node("Add", [x, "zero"], [y], y) for x, y in ((first, "y"), (last, "last"))]
     made.weights.append(numpy_helper.from_array(np.array(0, dtype), "zero"))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    (h, w), finer = grid, 2**blocks
-    described = {"x": ["batch", width, h, w], "y": ["batch", width, finer * h, finer * w]}
+    described = {
+        "x": ["batch", h * w, width] if tokens else ["batch", width, h, w],
+        "y": ["batch", width, finer * h, finer * w],
+    }
     described["last"] = ["batch", finer * h, finer * w, width]
     values = [helper.make_tensor_value_info(name, kind, shape) for name, shape in described.items()]
     graph = helper.make_graph(made.nodes, "decoder", values[:1], values[1:], made.weights)

@@ -44,9 +44,22 @@ def test_blocks_are_found_in_their_order(order: str, blocks: int) -> None:
         assert block.output == block.second.add.output[0]
 
 
+def test_tokens_before_the_first_block() -> None:
+    assert [block.tokens for block in find_blocks(decoder_graph((3, 5), blocks=2, tokens=True))] == ["x", None]
+    assert [block.tokens for block in find_blocks(decoder_graph((3, 5)))] == [None]
+
+
+def test_maps_of_other_channels_are_no_tokens() -> None:
+    model = decoder_graph((3, 5), tokens=True)  # (B, 30, 3) turned to (B, 3, 30) and cut anew: not the same order
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims[1].dim_value, dims[2].dim_value = 30, 3
+    assert find_blocks(model)[0].tokens is None
+
+
 def test_the_blocks_of_the_shipped_graph() -> None:
     found = find_blocks(shipped_graph())
     assert [block.grid for block in found] == [(16, 16), (32, 32)]
+    assert [block.tokens is None for block in found] == [False, True]
     assert all(branch.weight.dtype == np.float32 for block in found for branch in (block.first, block.second))
 
 

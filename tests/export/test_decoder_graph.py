@@ -63,6 +63,18 @@ def test_any_number_of_blocks_in_any_order_of_axes(form: DecoderForm, order: str
     assert largest_difference(evaluate(rewritten, x), evaluate(model, x)) < FOLDED
 
 
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_tokens_are_laid_out_without_a_transposition(form: DecoderForm) -> None:
+    model = decoder_graph((4, 3), tokens=True)
+    tokens_BLC = np.random.default_rng(1).standard_normal((2, 12, 6))
+    rewritten = rewrite_decoder(model, form)
+    assert largest_difference(evaluate(rewritten, tokens_BLC), evaluate(model, tokens_BLC)) < FOLDED
+    reader = next(node for node in rewritten.graph.node if "x" in node.input and node.op_type == "Reshape")
+    assert numpy_helper.to_array(
+        next(tensor for tensor in rewritten.graph.initializer if tensor.name == reader.input[1])
+    ).tolist() == [-1, 4, 3, 6]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("form", OTHER_FORMS)
