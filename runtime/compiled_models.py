@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .cpu_records import CpuIdentity
-from .files import atomic_file, cache_folder
+from .files import atomic_file, cache_folder, sha256_from_stream
 from .memory import MappedFile
 
 LARGEST_CACHE_BYTES = 4 << 30
@@ -66,8 +66,9 @@ def load_compiled(key: CompiledKey) -> MappedFile | None:
     try:
         with path.open("rb") as stream:
             header = json.loads(stream.read(_HEADER_BYTES))
+            found = sha256_from_stream(stream)  # read, not mapped: what is looked at once needs no place in memory
             mapped = MappedFile(stream, _HEADER_BYTES)
-        fits = header == _header(key, mapped.content)
+        fits = header == _header(key, found, mapped.content.nbytes)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):  # ValueError: no JSON, no text, or nothing behind the header
@@ -87,7 +88,8 @@ def store_compiled(key: CompiledKey, content: Any) -> None:
         key: all that makes it.
         content: its bytes, a buffer.
     """
-    header = json.dumps(_header(key, content)).encode().ljust(_HEADER_BYTES)
+    digest, size = hashlib.sha256(content).hexdigest(), memoryview(content).nbytes
+    header = json.dumps(_header(key, digest, size)).encode().ljust(_HEADER_BYTES)
     try:
         with atomic_file(key.path) as temporary, temporary.open("wb") as stream:
             stream.write(header)
@@ -104,12 +106,8 @@ def drop_compiled(key: CompiledKey) -> None:
         key.path.unlink(missing_ok=True)
 
 
-def _header(key: CompiledKey, content: Any) -> dict[str, Any]:
-    return {
-        "key": key.digest,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size_bytes": memoryview(content).nbytes,
-    }
+def _header(key: CompiledKey, sha256: str, size_bytes: int) -> dict[str, Any]:
+    return {"key": key.digest, "sha256": sha256, "size_bytes": size_bytes}
 
 
 def _remove_beyond(most_bytes: int, *, keep: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 _CHUNK_BYTES = 1 << 20
 
@@ -29,12 +30,17 @@ def cache_folder() -> Path:
 
 def sha256_from_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
+    with Path(path).open("rb") as stream:
+        return sha256_from_stream(stream)
+
+
+def sha256_from_stream(stream: IO[bytes]) -> str:
+    """Hex SHA-256 of the rest of an open file, read in pieces."""
     import hashlib  # loads OpenSSL, which most commands never need
 
     digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -5,21 +5,21 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-_SMAPS = Path("/proc/self/smaps")
+_RELEASE_EVERY_S = 0.01  # in which a library reads some 10 MB
 
 
 class MappedFile:
-    """The rest of a file from an offset on, mapped: pages are read when they are touched, and copied when written to.
+    """The rest of a file from an offset on, mapped to be read: pages come when they are touched, and can be let go of.
 
     Attributes:
-        content: (N,) uint8.
+        content: (N,) uint8, read-only.
     """
 
     content: NDArray[np.uint8]
@@ -31,23 +31,41 @@ class MappedFile:
             ValueError: nothing lies behind the offset.
             OSError: it cannot be mapped.
         """
-        self._mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._mapping) <= offset:
             raise ValueError(f"nothing lies behind byte {offset}")
         self.content = np.frombuffer(self._mapping, np.uint8, offset=offset)
 
-    def release_pages(self) -> bool:
-        """Take its pages out of this process's memory; whoever reads one again gets it again from the file.
+    def insisted_on(self) -> NDArray[np.uint8]:
+        """The same bytes as an array that says it may be written to, for a library that takes no other and only reads.
 
-        Nothing happens where a page was written to, for what was written would be lost, or where that cannot be known.
-
-        Returns:
-            Whether they were released.
+        Nothing can be written all the same: the system ends a process that tries. The array does not keep the mapping.
         """
-        if not hasattr(mmap, "MADV_DONTNEED") or not _is_clean(self.content.ctypes.data):
-            return False
-        self._mapping.madvise(mmap.MADV_DONTNEED)
-        return True
+        size, address = self.content.size, self.content.ctypes.data
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def release_pages(self) -> None:
+        """Take its pages out of this process's memory; whoever reads one again gets it again from the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def releasing_pages(self) -> Iterator[None]:
+        """Release them again and again, and at the end, while a library reads the file once."""
+        done = threading.Event()
+
+        def release() -> None:
+            while not done.wait(_RELEASE_EVERY_S):
+                self.release_pages()
+
+        thread = threading.Thread(target=release, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.release_pages()
 
 
 def trim_heap() -> None:
@@ -70,19 +88,3 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return trim
     return None
 
-
-def _is_clean(address: int) -> bool:
-    """Whether the mapping around an address is known to hold no page of this process's own."""
-    try:
-        lines = _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    is_inside, own_kb = False, []
-    for line in lines:
-        name, _, value = line.partition(":")
-        first, _, last = line.partition(" ")[0].partition("-")
-        if last:
-            is_inside = int(first, 16) <= address < int(last, 16)
-        elif is_inside and name in ("Anonymous", "Swap"):
-            own_kb.append(int(value.split()[0]))
-    return own_kb == [0, 0]

@@ -191,15 +191,15 @@ class OpenVinoBackend:
         mapped = load_compiled(key)
         if mapped is None:
             return None
-        tensor = openvino.Tensor(mapped.content, shared_memory=True)
+        tensor = openvino.Tensor(mapped.insisted_on(), shared_memory=True)  # OpenVINO's own cache is read-only as well
         try:
-            model = _Model(self._core.import_model(tensor, "CPU", self._properties(key.hint)), (tensor, mapped))
+            with mapped.releasing_pages():  # OpenVINO makes its own of most of them: both together were the peak
+                compiled = self._core.import_model(tensor, "CPU", self._properties(key.hint))
+                return _Model(compiled, (tensor, mapped))
         except RuntimeError as error:  # whole, and yet not what this OpenVINO reads: the graph is there to compile
             _log.warning("%s cannot be read (%s): the graph is compiled anew", key.path, _reason(error))
             drop_compiled(key)
             return None
-        mapped.release_pages()  # OpenVINO has made its own of most of them
-        return model
 
     def _compiled(self, file: str, key: CompiledKey) -> "_Model":
         path = self._bundle.path(file)

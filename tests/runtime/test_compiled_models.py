@@ -23,10 +23,6 @@ def test_what_is_stored_is_loaded() -> None:
     loaded = load_compiled(KEY)
     assert loaded is not None
     assert bytes(loaded.content) == CONTENT
-    loaded.content[0] = 99  # a copy on write: the file stays as it is
-    again = load_compiled(KEY)
-    assert again is not None
-    assert bytes(again.content) == CONTENT
     assert KEY.path.parent == cache_folder() / "openvino"
     drop_compiled(KEY)
     assert load_compiled(KEY) is None
