@@ -3,7 +3,7 @@
 Channels stand last throughout a rewritten block, and each product is a matrix of its own: no runtime has to stack the
 slices, INT8 has a scale for each, and the names of weights begin with their block, by which the quantiser knows them.
 
-Shapes: B batch, C width, h w grid, H W grid twice as fine, T U tiles down and across.
+Shapes: B batch, C width, h w grid, H W grid twice as fine, T U tiles down and across, m outputs of a tile on an axis.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,6 @@ from .decoder import DIFFERENCES, WINOGRAD, DecoderForm, Rows, TileScheme, requi
 from .decoder_blocks import CHANNELS_LAST, Axes, Branch, DecoderBlock, find_blocks, transposed
 
 _Values = NDArray[np.floating]
-_Maps = list[list[str]]
 
 
 def rewrite_decoder(model: onnx.ModelProto, form: DecoderForm) -> onnx.ModelProto:
@@ -132,8 +131,9 @@ def _tiled(
     ]
     bias, steady = writer.weight("bias", branch.bias), scheme.steady
     products[steady][steady] = writer.add("Add", [products[steady][steady], bias], "sum")
-    columns = [writer.combined(column, scheme.outputs) for column in zip(*products, strict=True)]
-    outputs = [writer.combined(row, scheme.outputs) for row in zip(*columns, strict=True)]
+    # Across first, line by line: a line's products are let go of before the next one's are made.
+    lines = [_stacked(writer, writer.combined(row, scheme.outputs)) for row in products]
+    outputs = writer.combined(lines, scheme.outputs)
     if residual_BhwC is not None:
         outputs = _with_repeated(writer, outputs, residual_BhwC, grid, scheme)
     return _interleaved(writer, outputs, grid, len(branch.bias), scheme)
@@ -169,25 +169,29 @@ def _factors(branch: Branch, scheme: TileScheme) -> Iterator[_Values]:
 
 
 def _with_repeated(
-    writer: "_Writer", outputs: _Maps, residual_BhwC: str, grid: tuple[int, int], scheme: TileScheme
-) -> _Maps:
-    """Add to every output of a tile what repetition would have put there."""
-    rows, used = _rows(writer, residual_BhwC, grid, scheme), sorted(set(scheme.repeats))
-    cells = {a: _cells(writer, rows[a], grid, scheme) for a in used}
-    return [
-        [writer.add("Add", [y, cells[a][b]], "sum") for y, b in zip(row, scheme.repeats, strict=True)]
-        for row, a in zip(outputs, scheme.repeats, strict=True)
-    ]
+    writer: "_Writer", outputs: Sequence[str], residual_BhwC: str, grid: tuple[int, int], scheme: TileScheme
+) -> list[str]:
+    """Add to every line of a tile's outputs, (B, m, T, U, C), what repetition would have put there."""
+    rows, lines = _rows(writer, residual_BhwC, grid, scheme), {}
+    for a in sorted(set(scheme.repeats)):
+        cells = _cells(writer, rows[a], grid, scheme)
+        lines[a] = _stacked(writer, [cells[b] for b in scheme.repeats])
+    return [writer.add("Add", [y, lines[a]], "sum") for y, a in zip(outputs, scheme.repeats, strict=True)]
 
 
-def _interleaved(writer: "_Writer", outputs: _Maps, grid: tuple[int, int], width: int, scheme: TileScheme) -> str:
-    """Lay tiles out and cut off what lies beside the map: m x m maps (B, T, U, C) of one place of the tile each."""
-    m, (rows, columns) = len(outputs), (scheme.count_tiles(length) for length in grid)
-    lines = [
-        writer.reshape(writer.add("Concat", line, "line", axis=3), [-1, rows, 1, m * columns, width])
-        for line in outputs
-    ]
-    y_BHWC = writer.reshape(writer.add("Concat", lines, "lines", axis=2), [-1, m * rows, m * columns, width])
+def _stacked(writer: "_Writer", maps: Sequence[str]) -> str:
+    """Maps (B, ...) as one (B, m, ...): for one image they lie behind each other, and a runtime need not copy them."""
+    axis = writer.whole([1])
+    return writer.add("Concat", [writer.add("Unsqueeze", [x, axis], "stacked") for x in maps], "stack", axis=1)
+
+
+def _interleaved(
+    writer: "_Writer", outputs: Sequence[str], grid: tuple[int, int], width: int, scheme: TileScheme
+) -> str:
+    """Lay tiles out and cut off what lies beside the map; m lines (B, m, T, U, C) of outputs hold each tile's."""
+    m, (rows, columns) = scheme.size, (scheme.count_tiles(length) for length in grid)
+    y_BTmUmC = writer.add("Transpose", [_stacked(writer, outputs)], "tiles", perm=[0, 3, 1, 4, 2, 5])
+    y_BHWC = writer.reshape(y_BTmUmC, [-1, m * rows, m * columns, width])
     top, finer = scheme.lead, scheme.size // scheme.stride
     bottom, right = (top + finer * length for length in grid)
     if (top, bottom, right) == (0, m * rows, m * columns):

@@ -87,4 +87,3 @@ def _malloc_trim() -> Callable[[int], int] | None:
         trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
         return trim
     return None
-

@@ -60,11 +60,17 @@ def test_a_file_that_is_read_once_is_never_resident_as_a_whole(file: Path) -> No
 
 
 def test_releasing_ends_with_what_it_was_for(file: Path) -> None:
-    before = threading.active_count()
-    with pytest.raises(RuntimeError, match="no model"), mapped(file).releasing_pages():
-        assert threading.active_count() == before + 1
-        raise RuntimeError("no model")
-    assert threading.active_count() == before
+    before, during = threading.active_count(), 0
+
+    def read() -> None:
+        nonlocal during
+        with mapped(file).releasing_pages():
+            during = threading.active_count()
+            raise RuntimeError("no model")
+
+    with pytest.raises(RuntimeError, match="no model"):
+        read()
+    assert (during, threading.active_count()) == (before + 1, before)
 
 
 def test_content_is_read_only_and_an_array_that_claims_otherwise_is_the_same_memory(file: Path) -> None:
