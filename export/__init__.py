@@ -3,8 +3,9 @@
 Names are imported when they are asked for: exporting needs torch, and most commands do not.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tclkit.runtime.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .bundle_writer import ExportProgress, export_bundle
@@ -14,20 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["ExportProgress", "ImageGraph", "MasksGraph", "TextGraph", "check_graph", "export_bundle"]
 
 _HOMES = {
-    "ExportProgress": "bundle_writer",
-    "ImageGraph": "wrapper",
-    "MasksGraph": "wrapper",
-    "TextGraph": "wrapper",
-    "check_graph": "graph_rules",
-    "export_bundle": "bundle_writer",
+    "bundle_writer": ("ExportProgress", "export_bundle"),
+    "wrapper": ("ImageGraph", "MasksGraph", "TextGraph"),
+    "graph_rules": ("check_graph",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

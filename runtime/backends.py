@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .cpu_records import graph_file
-from .errors import BackendError, BundleError, EngineMismatchError, InputError
+from .errors import BackendError, BundleError, EngineMismatchError
 from .manifest import RUN_PRECISIONS
 
 _log = logging.getLogger(__name__)
@@ -161,53 +161,6 @@ def choose_backend(name: str, bundle: Bundle, *, precision: str = "auto", thread
         backend = _OPENERS[name](bundle, precision, threads, "asked for")
     _log.info("backend %s for %s: %s", backend.name, bundle.name, backend.reason)
     return backend
-
-
-def check_array(what: str, array: object, dtype: type, shape: tuple[str | int, ...]) -> None:
-    """Refuse what is not an array of this dtype and shape.
-
-    Args:
-        what: its name, for the message.
-        array: to be looked at.
-        dtype: wanted.
-        shape: wanted; a text stands for any size from 1.
-
-    Raises:
-        InputError: something else.
-    """
-    wanted = f"{np.dtype(dtype).name} ({', '.join(map(str, shape))})"
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{what} should be a numpy array, {wanted}, found {type(array).__name__}")
-    fits = array.ndim == len(shape) and all(
-        found == want if isinstance(want, int) else found >= 1 for found, want in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype != dtype or not fits:
-        raise InputError(f"{what} should be {wanted}, found {array.dtype.name} {array.shape}")
-
-
-def check_image_size(bundle: Bundle, size: tuple[int, int], sizes: Collection[tuple[int, int]]) -> None:
-    """Refuse an image size (H, W) that is none of `sizes`, those of the bundle.
-
-    Raises:
-        InputError: it is none of them; names them.
-    """
-    if size not in sizes:
-        have = ", ".join(f"{height}x{width}" for height, width in sizes)
-        message = f"images are {size[0]}x{size[1]}, {bundle.name} has image graphs for {have}"
-        raise InputError(f"{message}. Resize them, or export this size: tclkit export --size {size[0]}x{size[1]}")
-
-
-def check_kp_w(bundle: Bundle, kp_w: float) -> None:
-    """Refuse a share of the KP branch outside [0, 1], or above 0 where the bundle has no such branch.
-
-    Raises:
-        InputError: as said.
-    """
-    if not 0 <= kp_w <= 1:
-        raise InputError(f"kp_w should be in [0, 1], found {kp_w}")
-    if kp_w > 0 and not bundle.manifest.has_kp:
-        remedy = "Use kp_w 0, or export the bundle with a KP branch"
-        raise InputError(f"{bundle.name} has no KP branch, but kp_w is {kp_w}. {remedy}")
 
 
 def image_file(bundle: Bundle, backend: str, precision: str, size: tuple[int, int]) -> str | None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
+from .backend_inputs import check_features, check_images, check_interface, check_prompts, check_token_ids
+from .backends import Features, HostFeatures
 from .bundle import Bundle
 from .engines import build_command
-from .errors import BackendError, BundleError, InputError
+from .errors import BackendError, InputError
 from .memory import trim_heap
 from .optimised_graphs import WORTHWHILE_BYTES, OptimisedGraphs
 from .processor import usable_cpus
@@ -65,9 +66,7 @@ class OnnxRuntimeBackend:
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
         """Run the image graph of the images' size; see `Backend.image_features`."""
-        check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
-        size = (images_BHWC.shape[1], images_BHWC.shape[2])
-        check_image_size(self._bundle, size, list(self._image_files))
+        size = check_images(self._bundle, images_BHWC, self._image_files)
         names = _FEATURES if self._bundle.manifest.has_kp else _FEATURES[:1]
         file = self._image_files[size]
         # One after the other: an image fills the cores already, and the memory of several would be taken for good.
@@ -77,22 +76,16 @@ class OnnxRuntimeBackend:
 
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`."""
-        width = self._bundle.manifest.model.embed_dim
-        check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
-        check_array("text embeddings", text_ND, np.float32, ("N", width))
-        check_kp_w(self._bundle, kp_w)
+        check_features(self._bundle, features)
+        check_prompts(self._bundle, text_ND, kp_w)
         feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
         if self._bundle.manifest.has_kp:
-            check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
             feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
         return self._run(self._bundle.manifest.masks, ("masks",), feeds)[0]
 
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run the text graph; see `Backend.encode_text`."""
-        check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
-        context = self._bundle.manifest.model.context_length
-        if token_ids_ML.shape[1] > context:
-            raise InputError(f"token ids are {token_ids_ML.shape[1]} long, {self._bundle.name} reads at most {context}")
+        check_token_ids(self._bundle, token_ids_ML)
         return self._run(self._bundle.manifest.text, ("embeddings",), {"token_ids": token_ids_ML})[0]
 
     def close(self) -> None:
@@ -123,8 +116,8 @@ class OnnxRuntimeBackend:
             version = _import_onnxruntime().__version__
             message = f"ONNX Runtime {version} cannot load {path}: {_first_line(error)}"
             raise BackendError(f"{message}. A newer one may: pip install -U onnxruntime", file=file) from error
-        _check_interface(str(path), "inputs", [i.name for i in session.get_inputs()], list(feeds))
-        _check_interface(str(path), "outputs", [o.name for o in session.get_outputs()], list(outputs))
+        check_interface(str(path), "inputs", [{one.name} for one in session.get_inputs()], feeds)
+        check_interface(str(path), "outputs", [{one.name} for one in session.get_outputs()], outputs)
         return session
 
     def _kept_session(self, path: Path) -> "onnxruntime.InferenceSession | None":
@@ -192,15 +185,6 @@ def _image_files(bundle: Bundle, precision: str) -> dict[tuple[int, int], str]:
         remedy = f"Make it: {build_command(bundle, precision)} --prepare-only"
         raise BackendError(f"{message}. {remedy}", precision=precision)
     return files
-
-
-def _check_interface(path: str, what: str, found: list[str], expected: list[str]) -> None:
-    if set(found) != set(expected):
-        raise BundleError(
-            f"{path} should have the {what} {', '.join(sorted(expected))}, found {', '.join(sorted(found))}. "
-            "Export the bundle again: tclkit export CHECKPOINT -o FOLDER",
-            file=path,
-        )
 
 
 def _first_line(error: Exception) -> str:

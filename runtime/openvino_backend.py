@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
+from .backend_inputs import (
+    check_features,
+    check_image_size,
+    check_images,
+    check_interface,
+    check_prompts,
+    check_token_ids,
+)
+from .backends import Features, HostFeatures
 from .bfloat16_weights import round_weights
 from .bundle import Bundle
 from .compiled_models import CompiledKey, drop_compiled, load_compiled, store_compiled
@@ -35,7 +43,7 @@ from .cpu_records import (
     read_cpu_records,
 )
 from .engines import build_command
-from .errors import BackendError, BundleError, InputError
+from .errors import BackendError, InputError
 from .manifest import graph_precision
 from .memory import trim_heap
 from .processor import usable_cpus
@@ -96,9 +104,7 @@ class OpenVinoBackend:
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
         """Run the image graph of the images' size; see `Backend.image_features`."""
-        check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
-        size = (images_BHWC.shape[1], images_BHWC.shape[2])
-        check_image_size(self._bundle, size, list(self._image_files))
+        size = check_images(self._bundle, images_BHWC, self._image_files)
         model = self._image_model(size)
         outputs = self._feature_arrays(size, len(images_BHWC))
         for index in range(len(images_BHWC)):
@@ -108,42 +114,27 @@ class OpenVinoBackend:
 
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`."""
-        width, scale = self._bundle.manifest.model.embed_dim, self._bundle.manifest.model.mask_scale
-        check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
-        check_array("text embeddings", text_ND, np.float32, ("N", width))
-        check_kp_w(self._bundle, kp_w)
+        check_features(self._bundle, features)
+        check_prompts(self._bundle, text_ND, kp_w)
         batch, _, rows, columns = features.grounded.shape
         feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
-        if (
-            self._bundle.manifest.has_kp
-        ):  # to the number: OpenVINO computes with grids that do not fit, and says nothing
-            check_array("KP features", features.kp, np.float32, (batch, width, rows // scale, columns // scale))
+        if self._bundle.manifest.has_kp:
             feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
         masks = np.empty((batch, len(text_ND), rows, columns), np.float32)
         model = self._model(self._bundle.manifest.masks, list(feeds), ["masks"])
         return self._run(model, feeds, {"masks": masks})["masks"]
 
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run the text graph; see `Backend.encode_text`.
-
-        Raises:
-            InputError: also for a token that the model does not know: OpenVINO would embed it as zeros.
-        """
-        check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
+        """Run the text graph; see `Backend.encode_text`."""
+        check_token_ids(self._bundle, token_ids_ML)
         manifest = self._bundle.manifest
-        context, known = manifest.model.context_length, manifest.model.vocab_size
-        if token_ids_ML.shape[1] > context:
-            raise InputError(f"token ids are {token_ids_ML.shape[1]} long, {self._bundle.name} reads at most {context}")
-        if token_ids_ML.min() < 0 or token_ids_ML.max() >= known:
-            found = f"{token_ids_ML.min()} to {token_ids_ML.max()}"
-            raise InputError(f"token ids are {found}, {self._bundle.name} knows 0 to {known - 1}")
         embeddings = np.empty((len(token_ids_ML), manifest.model.embed_dim), np.float32)
         model = self._model(manifest.text, ["token_ids"], ["embeddings"])
         return self._run(model, {"token_ids": token_ids_ML}, {"embeddings": embeddings})["embeddings"]
 
     def prepare(self, size: Size) -> None:
         """Compile now what one image of a size (H, W) and prompts need, so that the first image waits for nothing."""
-        check_image_size(self._bundle, size, list(self._image_files))
+        check_image_size(self._bundle, size, self._image_files)
         self._image_model(size)
         manifest = self._bundle.manifest
         kp = ["kp", "kp_w"] if manifest.has_kp else []
@@ -177,7 +168,7 @@ class OpenVinoBackend:
             found = self._imported(key) if self._keep_compiled else None
             made = found or self._compiled(file, key)
             for what, names, expected in (("inputs", made.inputs, inputs), ("outputs", made.outputs, outputs)):
-                _check_interface(str(self._bundle.path(file)), what, names, expected)
+                check_interface(str(self._bundle.path(file)), what, names, expected)
             if found is None and self._keep_compiled:
                 store_compiled(key, made.exported())
             self._models[file] = made
@@ -394,16 +385,6 @@ def _readable(value: NDArray[Any]) -> NDArray[Any]:
     """The array where it lies, in C order; copied only if it is not, or may not be written, which OpenVINO wants."""
     contiguous = np.asarray(value, order="C")
     return contiguous if contiguous.flags.writeable else contiguous.copy()
-
-
-def _check_interface(path: str, what: str, found: Sequence[set[str]], expected: Sequence[str]) -> None:
-    if len(found) != len(expected) or not all(any(name in names for names in found) for name in expected):
-        shown = ", ".join(sorted("/".join(sorted(names)) for names in found))
-        raise BundleError(
-            f"{path} should have the {what} {', '.join(sorted(expected))}, found {shown}. "
-            "Export the bundle again: tclkit export CHECKPOINT -o FOLDER",
-            file=path,
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .backends import Features, check_array, check_image_size, check_kp_w
+from .backend_inputs import check_features, check_images, check_prompts
+from .backends import Features
 from .bundle import Bundle
 from .cuda_memory import DeviceBuffer, Stream
 from .engine_session import DeviceTensor, EngineSession, LoadedEngine, load_engine
@@ -72,9 +73,7 @@ class TensorRTBackend:
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> "DeviceFeatures":
         """Run the image engine of the images' size; see `Backend.image_features`."""
         self._check_open()
-        check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
-        size = (images_BHWC.shape[1], images_BHWC.shape[2])
-        check_image_size(self._bundle, size, list(self._loaded))
+        size = check_images(self._bundle, images_BHWC, self._loaded)
         part = self._opened(size)
         most = part.image.tensors["image"].largest[0]
         chunks = []
@@ -95,8 +94,7 @@ class TensorRTBackend:
         """
         self._check_open()
         manifest = self._bundle.manifest
-        check_array("text embeddings", text_ND, np.float32, ("N", manifest.model.embed_dim))
-        check_kp_w(self._bundle, kp_w)
+        check_prompts(self._bundle, text_ND, kp_w)
         is_own = isinstance(features, DeviceFeatures) and features.backend is self
         size = features.size if isinstance(features, DeviceFeatures) and is_own else self._size_of(features)
         session = self._opened(size).masks
@@ -142,11 +140,8 @@ class TensorRTBackend:
 
     def _size_of(self, features: Features) -> Size:
         """Image size that features of another backend belong to."""
-        manifest = self._bundle.manifest
-        model, width = manifest.model, manifest.model.embed_dim
-        check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
-        if manifest.has_kp:
-            check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
+        check_features(self._bundle, features)
+        model = self._bundle.manifest.model
         grid = features.grounded.shape[2:]
         for height, width in self._loaded:
             if grid == tuple(side // model.patch_size * model.mask_scale for side in (height, width)):

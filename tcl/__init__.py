@@ -3,8 +3,9 @@
 Names are imported when they are asked for, so that `tclkit.tcl.world` can be used without torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tclkit.runtime.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -31,28 +32,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TCL": "model",
-    "TCLConfig": "model",
-    "ImageFeatures": "model",
-    "ClipConfig": "clip",
-    "build_clip": "clip",
-    "load_clip": "clip",
-    "LossWeights": "losses",
-    "load_checkpoint": "checkpoint",
-    "load_model": "checkpoint",
-    "save_checkpoint": "checkpoint",
-    "TorchBackend": "torch_backend",
-    "open_torch_backend": "torch_backend",
-    "random_torch_contender": "torch_backend",
-    "torch_contender": "torch_backend",
+    "model": ("TCL", "TCLConfig", "ImageFeatures"),
+    "clip": ("ClipConfig", "build_clip", "load_clip"),
+    "losses": ("LossWeights",),
+    "checkpoint": ("load_checkpoint", "load_model", "save_checkpoint"),
+    "torch_backend": ("TorchBackend", "open_torch_backend", "random_torch_contender", "torch_contender"),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tclkit.calib import Contender
-from tclkit.runtime.backends import Features, HostFeatures, check_array, check_image_size, check_kp_w
+from tclkit.runtime.backend_inputs import check_features, check_images, check_prompts, check_token_ids
+from tclkit.runtime.backends import Features, HostFeatures
 from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import CheckpointError, ConfigError, InputError
 from tclkit.runtime.files import sha256_from_file
@@ -52,9 +53,7 @@ class TorchBackend:
     @torch.inference_mode()
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
         """Embed images of one of the bundle's sizes, normalised as by its image graph; see `Backend.image_features`."""
-        check_array("images", images_BHWC, np.uint8, ("B", "H", "W", 3))
-        sizes = [(image.height, image.width) for image in self._bundle.manifest.images]
-        check_image_size(self._bundle, (images_BHWC.shape[1], images_BHWC.shape[2]), sizes)
+        check_images(self._bundle, images_BHWC, [image.size for image in self._bundle.manifest.images])
         features = self._model.image_features(images_to_tensor(images_BHWC).to(self._device))
         kp_BDhw = features.kp_BDhw if self._bundle.manifest.has_kp else None
         return HostFeatures(
@@ -65,22 +64,19 @@ class TorchBackend:
     @torch.inference_mode()
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`."""
-        width = self._bundle.manifest.model.embed_dim
-        check_array("features", features.grounded, np.float32, ("B", width, "h", "w"))
-        check_array("text embeddings", text_ND, np.float32, ("N", width))
-        check_kp_w(self._bundle, kp_w)
+        check_features(self._bundle, features)
+        check_prompts(self._bundle, text_ND, kp_w)
         text = torch.tensor(text_ND, device=self._device)  # copied: prompts may be read-only, and torch warns of that
         grounded = torch.from_numpy(features.grounded).to(self._device)
         masks_BNhw = torch.sigmoid(self._model.grounder.mask(similarity(grounded, text)))
         if kp_w > 0:
-            check_array("KP features", features.kp, np.float32, ("B", width, "h", "w"))
             masks_BNhw = mix_masks(masks_BNhw, kp_masks(torch.from_numpy(features.kp).to(self._device), text), kp_w)
         return _array(masks_BNhw)
 
     @torch.inference_mode()
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embed texts with CLIP's text tower; see `Backend.encode_text`."""
-        check_array("token ids", token_ids_ML, np.int64, ("M", "L"))
+        check_token_ids(self._bundle, token_ids_ML)
         return _array(self._model.encode_text(torch.tensor(token_ids_ML, device=self._device)))
 
     def close(self) -> None:

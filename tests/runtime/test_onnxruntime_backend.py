@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -143,9 +144,14 @@ def test_token_ids_that_do_not_fit(backend: OnnxRuntimeBackend) -> None:
         backend.encode_text(np.zeros((1, 78), np.int64))
     with pytest.raises(InputError, match=r"token ids should be int64 \(M, L\), found int32"):
         backend.encode_text(np.zeros((1, 5), np.int32))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"token ids are 5 to 1000000, tiny knows 0 to"):
+        backend.encode_text(np.array([[5, 10**6]]))
 
 
-def test_a_graph_that_fails_to_run(backend: OnnxRuntimeBackend) -> None:
+def test_a_graph_that_fails_to_run(tiny_bundle_folder: Path) -> None:
+    bundle = open_bundle(tiny_bundle_folder)
+    model = replace(bundle.manifest.model, vocab_size=10**10)  # more than the graph's table has
+    backend = OnnxRuntimeBackend(replace(bundle, manifest=replace(bundle.manifest, model=model)), threads=1)
     with pytest.raises(BackendError, match=r"could not run text\.onnx of tiny on token_ids \(1, 3\): ") as caught:
         backend.encode_text(np.full((1, 3), 10**9))
     assert "\n" not in str(caught.value)
