@@ -15,6 +15,7 @@ import functools
 import io
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ _ANY_BATCH = 0
 _TELEMETRY = "openvino_telemetry"
 _LONGEST_REASON = 300
 _log = logging.getLogger(__name__)
+_core_lock = threading.Lock()
 
 
 class OpenVinoBackend:
@@ -236,10 +238,11 @@ class _Model:
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         import openvino
 
-        for name, value in feeds.items():
-            self._request.set_tensor(name, openvino.Tensor(_readable(value), shared_memory=True))
-        for name, value in outputs.items():
-            self._request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
+        arrays = {name: _readable(value) for name, value in feeds.items()} | outputs
+        # A request keeps no array alive, and those that had to be copied are nobody else's: held until it has run.
+        held = {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()}
+        for name, tensor in held.items():
+            self._request.set_tensor(name, tensor)
         self._request.infer()
 
     def exported(self) -> memoryview:
@@ -297,7 +300,6 @@ def import_openvino() -> Any:
     return openvino
 
 
-@functools.cache
 def openvino_core() -> Any:
     """The process's one `openvino.Core`, which stays until the process ends.
 
@@ -308,7 +310,18 @@ def openvino_core() -> Any:
     Raises:
         BackendError: see `import_openvino`.
     """
-    return import_openvino().Core()
+    with _core_lock:  # functools.cache alone lets two threads make one each
+        return _core()
+
+
+@functools.cache
+def _core() -> Any:
+    openvino = import_openvino()
+    try:
+        return openvino.Core()
+    except RuntimeError as error:
+        remedy = "Install it anew: pip install --force-reinstall openvino, or take --backend onnxruntime"
+        raise BackendError(f"openvino cannot start ({_reason(error)}). {remedy}") from error
 
 
 @contextlib.contextmanager

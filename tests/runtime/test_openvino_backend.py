@@ -74,6 +74,45 @@ def test_texts_of_any_length_are_onnx_runtimes(backend: OpenVinoBackend, referen
         np.testing.assert_allclose(backend.encode_text(ids), reference.encode_text(ids), atol=1e-5)
 
 
+def test_arrays_that_may_not_be_written_are_read_as_they_are(backend: OpenVinoBackend) -> None:
+    """Such an array is copied for OpenVINO; the copy has to live until the run is over."""
+    writable, text_ND = images(1), texts(4)
+    expected = backend.image_features(writable)
+    expected_masks = backend.masks(expected, text_ND, 0.3)
+    text_ND.flags.writeable = False
+    for _ in range(5):
+        read_only = writable.copy()
+        read_only.flags.writeable = False
+        np.testing.assert_array_equal(backend.image_features(read_only).grounded, expected.grounded)
+        np.testing.assert_array_equal(backend.masks(expected, text_ND, 0.3), expected_masks)
+
+
+def test_threads_that_open_at_once_share_one_core() -> None:
+    code = """
+import threading
+from tclkit.runtime.openvino_backend import openvino_core
+cores, start = [], threading.Barrier(4)
+def ask():
+    start.wait()
+    cores.append(openvino_core())
+threads = [threading.Thread(target=ask) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(set(map(id, cores))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_an_openvino_that_cannot_start_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("Cannot load library\nplugins.xml")
+
+    monkeypatch.setattr("openvino.Core", fails)
+    with pytest.raises(BackendError, match=r"openvino cannot start \(plugins\.xml\).*--backend onnxruntime"):
+        openvino_backend._core.__wrapped__()  # the process's own core stays
+
+
 def test_features_stay_as_they_were(backend: OpenVinoBackend) -> None:
     first = backend.image_features(images(1))
     kept = first.grounded.copy()
