@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from tclkit.runtime.errors import DownloadError
@@ -134,6 +134,8 @@ class _Transfer:
             while chunk := _read(response):
                 self.part.append(chunk)
                 self._report(total)
+                if self.size_bytes is not None and self.part.size > self.size_bytes:
+                    self._refuse_size(f"sends more than {self.part.size - 1:,} bytes", self.part.size)
         expected = self.size_bytes if total is None else total
         if expected is not None and self.part.size != expected:
             raise _InterruptedError(f"the connection ended after {self.part.size:,} of {expected:,} bytes")
@@ -195,25 +197,27 @@ class _Transfer:
             self.part.begin({"url": self.url, "etag": etag, "last_modified": date})
             length = headers.get("Content-Length", "")
             return int(length) if length.isdecimal() else None
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         if response.status != 206 or span is None:
             raise DownloadError(f"{self.url}: the server answered {response.status}, not with a file", url=self.url)
         etag = self.part.note().get("etag")
         if int(span[1]) != offset or headers.get("ETag", etag) != etag:
             self.part.restart()
             raise _InterruptedError("the file on the server has changed")
-        return None if span[2] == "*" else int(span[2])
+        return int(span[2]) + 1 if span[3] == "*" else int(span[3])  # all from the offset on was asked for
 
     def _check_size(self, total: int | None) -> None:
         if self.size_bytes is not None and total is not None and total != self.size_bytes:
-            self.part.discard()
-            raise DownloadError(
-                f"{self.url} offers {total:,} bytes, expected {self.size_bytes:,}: it is another file. "
-                "Check the address",
-                url=self.url,
-                expected=self.size_bytes,
-                found=total,
-            )
+            self._refuse_size(f"offers {total:,} bytes", total)
+
+    def _refuse_size(self, what: str, found: int) -> NoReturn:
+        self.part.discard()
+        raise DownloadError(
+            f"{self.url} {what}, expected {self.size_bytes:,}: it is another file. Check the address",
+            url=self.url,
+            expected=self.size_bytes,
+            found=found,
+        )
 
     def _report(self, total: int | None) -> None:
         if self.progress:

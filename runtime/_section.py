@@ -1,6 +1,7 @@
 """One JSON object of bundle.json, read strictly: getters check types and name the key when it is wrong."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ class Section:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_list_of(kind: type) -> Callable[[Any], bool]:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}. {_AGAIN}", file=MANIFEST_NAME) from error
     except (ValueError, RecursionError) as error:
@@ -197,6 +198,13 @@ def _seal(raw: Mapping[str, Any]) -> str:
 
 def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond what a float holds")
+    return value
 
 
 def _confined_path(folder: Path, file: str) -> Path:

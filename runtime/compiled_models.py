@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .cpu_records import CpuIdentity
-from .files import atomic_file, cache_folder, sha256_from_stream
+from .files import atomic_file, cache_folder, keep_within, sha256_from_stream
 from .memory import MappedFile
 
 LARGEST_CACHE_BYTES = 4 << 30
@@ -94,7 +94,7 @@ def store_compiled(key: CompiledKey, content: Any) -> None:
         with atomic_file(key.path) as temporary, temporary.open("wb") as stream:
             stream.write(header)
             stream.write(content)
-        _remove_beyond(LARGEST_CACHE_BYTES, keep=key.path)
+        keep_within(key.path.parent, "*.blob", LARGEST_CACHE_BYTES, newest=key.path)
     except OSError as error:
         reason = error.strerror or error
         _log.warning("%s cannot be written (%s): the graph is compiled at every start", key.path, reason)
@@ -108,13 +108,3 @@ def drop_compiled(key: CompiledKey) -> None:
 
 def _header(key: CompiledKey, sha256: str, size_bytes: int) -> dict[str, Any]:
     return {"key": key.digest, "sha256": sha256, "size_bytes": size_bytes}
-
-
-def _remove_beyond(most_bytes: int, *, keep: Path) -> None:
-    """Remove the entries used least recently until all that is left fits; one that is mapped elsewhere stays mapped."""
-    entries = sorted(keep.parent.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for path in entries:
-        total += path.stat().st_size
-        if total > most_bytes and path != keep:
-            path.unlink(missing_ok=True)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import BackendError, InputError
 from .prompts import PromptSet, check_prompts, expand_prompt
 from .text_cache import TextCache, cache_key
 from .tokenizer import Tokenizer, shortened
 
 _TOKENS_PER_RUN = 512  # padding included; larger runs are no faster and pad more
 _EPSILON = 1e-6
+_LENGTH_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,10 @@ def embed_texts(
         names: N names for people.
         texts: of each name, one or more.
         tokenizer, encode_text, text_encoder_hash, cache: as in `embed_prompts`.
+
+    Raises:
+        InputError: a text longer than the model reads.
+        BackendError: the text graph gave something else than vectors that can be normalised.
     """
     keys = [cache_key(text_encoder_hash, list(expanded)) for expanded in texts]
     found = cache.read(keys) if cache is not None else {}
@@ -90,6 +95,7 @@ def embed_texts(
         opened = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer()
         embedded, runs = _embedded([_encoded(opened, names[index], texts[index]) for index in missing], encode_text)
         fresh = {keys[index]: vector for index, vector in zip(missing, embedded, strict=True)}
+        _check_embedded([names[index] for index in missing], embedded)  # what is cached is read for good
         if cache is not None:
             cache.write(fresh)
     vectors = found | fresh
@@ -103,6 +109,15 @@ def ensemble(raw_TD: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average raw embeddings of one prompt over its T templates, then normalise: (T, D) -> (D,) float32."""
     mean_D = raw_TD.mean(axis=0, dtype=np.float32)
     return np.asarray(mean_D / max(float(np.linalg.norm(mean_D)), _EPSILON), np.float32)
+
+
+def _check_embedded(names: Sequence[str], embedded: Sequence[NDArray[np.float32]]) -> None:
+    for name, vector in zip(names, embedded, strict=True):
+        if not abs(float(np.linalg.norm(vector)) - 1) < _LENGTH_TOLERANCE:  # NaN as well
+            raise BackendError(
+                f"the text graph gave no usable embedding for {shortened(name)!r} (not finite, or of length 0). "
+                "Nothing was cached: try --backend onnxruntime, or fetch or export the bundle again"
+            )
 
 
 def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> list[NDArray[np.int64]]:

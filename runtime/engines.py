@@ -263,7 +263,8 @@ def write_engine(bundle_folder: str | Path, record: EngineRecord, engine: bytes)
         created=record.created or dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         tclkit_version=record.tclkit_version or importlib.metadata.version("tclkit"),
     )
-    _remember_built(complete.engine_sha256)
+    if "version-compatible" in complete.flags:  # only these are asked who built them
+        _remember_built(complete.engine_sha256)
     side_car = folder / f"{complete.stem}.json"
     side_car.unlink(missing_ok=True)
     with atomic_file(folder / f"{complete.stem}.engine") as temporary:

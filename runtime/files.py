@@ -3,11 +3,13 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 _CHUNK_BYTES = 1 << 20
+_ABANDONED_AFTER_S = 24 * 3600.0  # nobody writes a file for so long
 
 
 def models_folder() -> Path:
@@ -42,6 +44,40 @@ def sha256_from_stream(stream: IO[bytes]) -> str:
     while chunk := stream.read(_CHUNK_BYTES):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def keep_within(folder: Path, pattern: str, most_bytes: int, *, newest: Path) -> None:
+    """Remove the entries of a cache that were used least lately until the others fit; the newest stays in any case.
+
+    Temporary files that killed processes left in it go as well. What another process removes meanwhile counts as gone,
+    and what cannot be removed stays.
+
+    Args:
+        folder: of the cache.
+        pattern: of its entries' names, for `Path.glob`.
+        most_bytes: for all of them.
+        newest: the entry that was written just now.
+    """
+    left = most_bytes - _time_and_size(newest)[1]
+    others = {path: _time_and_size(path) for path in folder.glob(pattern) if path != newest}
+    for path, (_, size_bytes) in sorted(others.items(), key=lambda item: item[1], reverse=True):
+        left -= size_bytes
+        if left < 0:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if time.time() - _time_and_size(path)[0] > _ABANDONED_AFTER_S:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _time_and_size(path: Path) -> tuple[float, int]:
+    """Time of the last use and size; of a file that is gone, now and 0."""
+    try:
+        status = path.stat()
+    except OSError:
+        return time.time(), 0
+    return status.st_mtime, status.st_size
 
 
 def _temporary_sibling(path: Path) -> Path:

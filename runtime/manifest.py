@@ -326,6 +326,9 @@ def _check_whole(manifest: Manifest, where: str) -> None:
     """What no key shows alone: sizes fit the patch, named files are listed, there is something to run."""
     if not manifest.images:
         raise BundleError(f"{where} lists no image graph under 'images'. {AGAIN}", key="images")
+    sizes = [image.size for image in manifest.images]
+    if len(set(sizes)) < len(sizes):
+        raise BundleError(f"{where} lists an image size twice under 'images'. {AGAIN}", key="images")
     patch = manifest.model.patch_size
     named = [manifest.masks, manifest.text, manifest.tokenizer]
     for image in manifest.images:

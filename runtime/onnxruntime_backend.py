@@ -133,10 +133,14 @@ class OnnxRuntimeBackend:
             except Exception as error:  # of another build of the same version, say
                 _log.warning("the optimised graph %s cannot be loaded (%s); it is made anew", entry, _first_line(error))
                 kept.drop(entry)
-        with tempfile.TemporaryDirectory(prefix="tclkit-") as folder:
-            written = Path(folder) / "optimised.onnx"
-            session = self._session(path, write_to=written)
-            kept.write(entry, written.read_bytes())
+        try:
+            with tempfile.TemporaryDirectory(prefix="tclkit-") as folder:
+                written = Path(folder) / "optimised.onnx"
+                session = self._session(path, write_to=written)
+                kept.write(entry, written.read_bytes())
+        except Exception as error:  # no room for temporary files, say
+            session = self._session(path)  # where the graph cannot be loaded, that is what is raised
+            _log.warning("the graph %s cannot be kept optimised (%s); that is done each time", path, _first_line(error))
         return session
 
     def _session(

@@ -238,7 +238,7 @@ class _Model:
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         import openvino
 
-        arrays = {name: _readable(value) for name, value in feeds.items()} | outputs
+        arrays = {**{name: _readable(value) for name, value in feeds.items()}, **outputs}
         # A request keeps no array alive, and those that had to be copied are nobody else's: held until it has run.
         held = {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()}
         for name, tensor in held.items():

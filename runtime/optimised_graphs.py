@@ -15,7 +15,7 @@ import os
 import platform
 from pathlib import Path
 
-from .files import atomic_file, cache_folder, sha256_from_file
+from .files import atomic_file, cache_folder, keep_within, sha256_from_file
 
 WORTHWHILE_BYTES = range(4 << 20, 16 << 20)
 """Sizes of graphs that are kept."""
@@ -70,7 +70,7 @@ class OptimisedGraphs:
         try:
             with atomic_file(entry) as temporary:
                 temporary.write_bytes(hashlib.sha256(graph).digest() + graph)
-            self._shrink(entry)
+            keep_within(self.folder, f"*{_SUFFIX}", self.max_total_bytes, newest=entry)
         except OSError as error:
             _log.warning("the optimised graph %s cannot be kept (%s); it is made anew each time", entry, error.strerror)
 
@@ -80,23 +80,6 @@ class OptimisedGraphs:
             entry.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("the optimised graph %s cannot be removed (%s)", entry, error.strerror)
-
-    def _shrink(self, newest: Path) -> None:
-        entries = [path for path in self.folder.glob(f"*{_SUFFIX}") if path != newest]
-        used = {path: (status.st_mtime, status.st_size) for path in entries if (status := _status(path)) is not None}
-        left = self.max_total_bytes - newest.stat().st_size
-        for path, (_, size_bytes) in sorted(used.items(), key=lambda item: item[1], reverse=True):
-            left -= size_bytes
-            if left < 0:
-                self.drop(path)
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """Another process may have dropped it meanwhile."""
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -1,5 +1,6 @@
 """Prompt banks: embedded prompts in one .npz file, for devices that carry no text encoder."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) 
         InputError: no such file, not a prompt bank, damaged, or made with another text encoder.
     """
     arrays = _read_arrays(Path(path))
-    if set(arrays) != set(_KEYS) or str(arrays["format"]) != _FORMAT or arrays["names"].ndim != 1:
+    if str(arrays["format"]) != _FORMAT or arrays["names"].ndim != 1:
         raise InputError(f"{path} is no prompt bank of this version. Make one: tclkit embed PROMPT... -o {path}")
     key = str(arrays["text_encoder_hash"])
     if text_encoder_hash is not None and key != text_encoder_hash:
@@ -62,8 +63,14 @@ def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            found = {entry.filename: entry for entry in archive.infolist()}
+            if found.keys() != {f"{key}.npy" for key in _KEYS}:
+                raise ValueError(f"it holds {', '.join(sorted(found)[:5]) or 'nothing'}")
+            if any(entry.file_size > entry.compress_size for entry in found.values()):  # a few bytes may unpack to many
+                raise ValueError("it is compressed")
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in _KEYS}
     except OSError as error:
         raise InputError(f"the prompt bank {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # numpy and zipfile raise whatever the damage leads to

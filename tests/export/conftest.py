@@ -31,6 +31,7 @@ class FileServer:
     redirects: path -> address.
     extra_headers: sent with every file.
     announces_length: False leaves out Content-Length.
+    tells_whole: False leaves the length of the whole file out of Content-Range.
     bytes_per_second: slows sending down.
     requests: (path, Range header, status) of every request so far.
     """
@@ -44,6 +45,7 @@ class FileServer:
     redirects: dict[str, str] = field(default_factory=dict)
     extra_headers: dict[str, str] = field(default_factory=dict)
     announces_length: bool = True
+    tells_whole: bool = True
     bytes_per_second: int | None = None
     requests: list[tuple[str, str | None, int]] = field(default_factory=list)
 
@@ -71,7 +73,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if start > 0 and start >= len(content):
             self._answer(416, b"", asked, {"Content-Range": f"bytes */{len(content)}"})
         elif start > 0:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            whole = len(content) if site.tells_whole else "*"
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{whole}"
             self._answer(206, content[start:], asked, headers)
         else:
             self._answer(200, content, asked, headers)

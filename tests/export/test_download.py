@@ -183,6 +183,25 @@ def test_no_announced_length_is_checked_against_the_expected_one(served: Any, ta
         download(f"{served.url}/model.pth", target, size_bytes=len(CONTENT), **QUICK)
 
 
+def test_a_resumed_answer_that_does_not_tell_the_whole_length_is_not_taken_cut_short(served: Any, target: Path) -> None:
+    served.announces_length, served.tells_whole = False, False
+    target.parent.mkdir()
+    (target.parent / "model.pth.part").write_bytes(CONTENT[:1000])
+    note = {"url": f"{served.url}/model.pth", "etag": served.etag, "last_modified": None}
+    (target.parent / "model.pth.part.json").write_text(json.dumps(note))
+    served.break_after = [100, 100]
+    download(f"{served.url}/model.pth", target, **QUICK)
+    assert target.read_bytes() == CONTENT
+    assert statuses(served) == [206, 206, 206]
+
+
+def test_an_answer_that_does_not_end_is_stopped_at_the_expected_length(served: Any, target: Path) -> None:
+    served.announces_length = False
+    with pytest.raises(DownloadError, match=r"sends more than [\d,]+ bytes, expected 1,000: it is another file"):
+        download(f"{served.url}/model.pth", target, size_bytes=1000, **QUICK)
+    assert names(target) == []
+
+
 def test_an_empty_file(served: Any, target: Path) -> None:
     served.files["/model.pth"] = b""
     assert download(f"{served.url}/model.pth", target).read_bytes() == b""

@@ -248,8 +248,18 @@ def test_a_file_that_is_not_listed_is_not_handed_out(tiny_bundle_folder: Path) -
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b'"bundle"', b"\xff\xfe{}", b'{"schema_version": NaN}', b"[" * 100_000],
-    ids=["empty", "truncated", "list", "null", "text", "not UTF-8", "NaN", "deep"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"bundle"',
+        b"\xff\xfe{}",
+        b'{"schema_version": NaN}',
+        b'{"kp_w": 1e999}',
+        b"[" * 100_000,
+    ],
+    ids=["empty", "truncated", "list", "null", "text", "not UTF-8", "NaN", "infinite", "deep"],
 )
 def test_what_is_no_json_object(folder: Path, text: bytes) -> None:
     (folder / "bundle.json").write_bytes(text)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tclkit.runtime import embedding
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.embedding import EmbeddedPrompts, embed_prompts, ensemble
-from tclkit.runtime.errors import InputError
+from tclkit.runtime.errors import BackendError, InputError
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.prompts import expand_prompt
 from tclkit.runtime.text_cache import TextCache
@@ -192,3 +192,19 @@ def test_a_cache_that_cannot_be_used_changes_nothing(embed: Embed, tmp_path: Pat
     cache = TextCache(tmp_path / "file" / "c.sqlite")
     np.testing.assert_array_equal(embed(["red"], cache).prompts.embeddings, embed(["red"]).prompts.embeddings)
     assert cache.problem
+
+
+def test_what_is_no_embedding_is_neither_used_nor_cached(embed: Embed, bundle: Bundle, tmp_path: Path) -> None:
+    cache = TextCache(tmp_path / "texts.sqlite")
+    for wrong in (np.nan, 0.0):
+        with pytest.raises(BackendError, match=r"no usable embedding for 'red'.*Nothing was cached"):
+            embed_prompts(
+                ["red"],
+                templates=bundle.manifest.templates,
+                tokenizer=Tokenizer.from_bundle(bundle),
+                encode_text=lambda ids, value=wrong: np.full((len(ids), 9), value, np.float32),
+                text_encoder_hash=bundle.text_encoder_hash,
+                cache=cache,
+            )
+    assert embed(["red"], cache).cache_hits == 0
+    assert embed(["red"], cache).cache_hits == 1

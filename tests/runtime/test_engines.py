@@ -309,6 +309,16 @@ def test_a_version_compatible_engine_of_somebody_else_is_not_loaded(bundle: Bund
     assert isinstance(miss.error(), EngineMismatchError)
 
 
+def test_only_version_compatible_engines_are_remembered(bundle: Bundle, record: EngineRecord) -> None:
+    """The list lies in a folder that need not be writable."""
+    models_folder().parent.mkdir(parents=True, exist_ok=True)
+    remembered = models_folder().parent / "engines-built-here.txt"
+    write_engine(bundle.folder, record, b"engine")
+    assert not remembered.exists()
+    write_engine(bundle.folder, dataclasses.replace(record, flags=("version-compatible",)), b"engine")
+    assert len(remembered.read_text(encoding="ascii").split()) == 1
+
+
 def test_a_set_needs_both_graphs(bundle: Bundle, record: EngineRecord) -> None:
     write_engine(bundle.folder, record, b"engine")
     miss = find_engines(bundle, precision="fp32", device=ORIN)

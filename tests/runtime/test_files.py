@@ -1,8 +1,11 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tclkit.runtime.files import atomic_file, atomic_folder, cache_folder, models_folder, sha256_from_file
+from tclkit.runtime.files import atomic_file, atomic_folder, cache_folder, keep_within, models_folder, sha256_from_file
 
 
 def _listing(folder: Path) -> list[str]:
@@ -76,3 +79,36 @@ def test_folders_follow_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert models_folder() == tmp_path / "data" / "tclkit" / "models"
     assert cache_folder() == tmp_path / "cache" / "tclkit"
+
+
+def test_a_cache_is_kept_within_its_size(tmp_path: Path) -> None:
+    entries = [tmp_path / f"{number}.blob" for number in range(4)]
+    for number, entry in enumerate(entries):
+        entry.write_bytes(b"x" * 100)
+        os.utime(entry, (number, number))
+    (tmp_path / "other").write_bytes(b"x" * 1000)
+    keep_within(tmp_path, "*.blob", 250, newest=entries[0])
+    assert _listing(tmp_path) == ["0.blob", "3.blob", "other"]
+    keep_within(tmp_path, "*.blob", 1, newest=entries[0])  # larger than all that may be kept: alone
+    assert _listing(tmp_path) == ["0.blob", "other"]
+    entries[0].unlink()
+    keep_within(tmp_path, "*.blob", 1, newest=entries[0])  # another process was quicker
+    assert _listing(tmp_path) == ["other"]
+
+
+def test_a_cache_loses_what_killed_processes_left(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from tclkit.runtime.files import atomic_file, atomic_folder, cache_folder, keep_within, models_folder, sha256_from_file
+with atomic_file(sys.argv[1]) as temporary:
+    temporary.write_bytes(b"x" * 100)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.blob")], check=False)
+    old, young = sorted(tmp_path.glob(".a.blob.*.tmp"))
+    os.utime(old, (1, 1))
+    newest = tmp_path / "b.blob"
+    newest.write_bytes(b"x")
+    keep_within(tmp_path, "*.blob", 1000, newest=newest)
+    assert _listing(tmp_path) == [young.name, "b.blob"]  # somebody may be writing it

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tclkit.runtime import onnxruntime_backend, optimised_graphs
 from tclkit.runtime.bundle import open_bundle
+from tclkit.runtime.errors import BackendError
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from tclkit.runtime.optimised_graphs import OptimisedGraphs
 
@@ -82,6 +84,52 @@ def test_a_folder_that_cannot_be_written_is_announced(
     with caplog.at_level(logging.WARNING):
         graphs.write(graphs.entry(graph, "ort 1"), b"optimised")
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("room", ["none left", "no folder"])
+def test_without_room_for_temporary_files_the_graph_runs_all_the_same(
+    room: str,
+    tiny_bundle_folder: Path,
+    graphs: OptimisedGraphs,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_small: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make = OnnxRuntimeBackend._session
+
+    def session(self: OnnxRuntimeBackend, graph: Path | bytes, **options: Any) -> Any:
+        if options.get("write_to") is not None:
+            raise RuntimeError("Protobuf serialization failed\nat line 3")
+        return make(self, graph, **options)
+
+    def no_folder(**options: Any) -> Any:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    if room == "none left":
+        monkeypatch.setattr(OnnxRuntimeBackend, "_session", session)
+    else:
+        monkeypatch.setattr("tempfile.TemporaryDirectory", no_folder)
+    backend = OnnxRuntimeBackend(open_bundle(tiny_bundle_folder), threads=1, optimised=graphs)
+    with caplog.at_level(logging.WARNING):
+        features = backend.image_features(np.zeros((1, 64, 64, 3), np.uint8))
+    assert np.isfinite(features.grounded).all()
+    assert "image.onnx cannot be kept optimised" in caplog.text
+    assert "at line 3" not in caplog.text
+
+
+def test_a_graph_that_cannot_be_loaded_is_not_said_to_lack_room(
+    tiny_bundle_folder: Path,
+    tmp_path: Path,
+    graphs: OptimisedGraphs,
+    caplog: pytest.LogCaptureFixture,
+    keep_small: None,
+) -> None:
+    folder = shutil.copytree(tiny_bundle_folder, tmp_path / "b")
+    (folder / "image.onnx").write_bytes(b"not onnx")
+    backend = OnnxRuntimeBackend(open_bundle(folder, verify=False), threads=1, optimised=graphs)
+    with pytest.raises(BackendError, match=r"cannot load .*image\.onnx"):
+        backend.image_features(np.zeros((1, 64, 64, 3), np.uint8))
+    assert "kept" not in caplog.text
 
 
 @pytest.fixture

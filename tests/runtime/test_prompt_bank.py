@@ -119,5 +119,16 @@ def test_archives_of_other_things(path: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"wrong\.npz is (no prompt bank|damaged)"):
             load_prompt_bank(tmp_path / "wrong.npz")
     np.savez(tmp_path / "wrong.npz", x=np.zeros(3))
-    with pytest.raises(InputError, match="no prompt bank of this version"):
+    with pytest.raises(InputError, match=r"no prompt bank, or damaged \(it holds x\.npy\)"):
         load_prompt_bank(tmp_path / "wrong.npz")
+
+
+def test_what_unpacks_to_more_than_it_is_stays_packed(path: Path, tmp_path: Path) -> None:
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez_compressed(tmp_path / "bomb.npz", **(arrays | {"embeddings": np.zeros((1000, 512), np.float32)}))
+    with pytest.raises(InputError, match=r"no prompt bank, or damaged \(it is compressed\)"):
+        load_prompt_bank(tmp_path / "bomb.npz")
+    np.savez_compressed(tmp_path / "bomb.npz", **arrays, more=np.zeros(10**6))
+    with pytest.raises(InputError, match=r"it holds .*more\.npy"):
+        load_prompt_bank(tmp_path / "bomb.npz")
