@@ -59,6 +59,39 @@ def tensorrt_simulator(simulator_package: ModuleType) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="session")
+def make_tiny_tcl() -> Callable[..., Any]:
+    """make_tiny_tcl(vocab_size=40, context_length=12): an untrained TCL of two layers for 32 pixels, its gates open."""
+    return _make_tiny_tcl
+
+
+def _make_tiny_tcl(vocab_size: int = 40, context_length: int = 12) -> Any:
+    import torch
+
+    from tclkit.tcl import TCL, ClipConfig, TCLConfig
+
+    torch.manual_seed(0)
+    config = ClipConfig(
+        embed_dim=16,
+        image_size=32,
+        patch_size=16,
+        vision_width=32,
+        vision_layers=2,
+        vision_head_width=16,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        text_width=16,
+        text_heads=1,
+        text_layers=1,
+        quick_gelu=False,
+    )
+    model = TCL(TCLConfig(clip=config, decoder_blocks=1))
+    for name, parameter in model.grounder.named_parameters():
+        if name.endswith("gate"):
+            parameter.data.fill_(0.7)
+    return model
+
+
+@pytest.fixture(scope="session")
 def mini() -> ModuleType:
     """The module tests/calib/mini_benchmarks.py: `mini.write_all`, `mini.CLASS_COLOURS`, ..."""
     return shared_module("tclkit_tests_mini_benchmarks", "calib/mini_benchmarks.py")

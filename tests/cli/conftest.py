@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,30 +75,13 @@ def scene(scene_hwc: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_tiny_tcl: Callable[..., Any]) -> Path:
     """tcl.pt in the current folder: two layers, untrained."""
-    import torch
-
-    from tclkit.tcl import TCL, ClipConfig, TCLConfig, save_checkpoint
+    from tclkit.tcl import save_checkpoint
     from tclkit.tcl.tokenizer_file import pruned_tokenizer_json, vocabulary_size
 
     monkeypatch.chdir(tmp_path)
     tokenizer_json = pruned_tokenizer_json(["a photo of a red circle."])
-    torch.manual_seed(0)
-    config = ClipConfig(
-        embed_dim=16,
-        image_size=32,
-        patch_size=16,
-        vision_width=32,
-        vision_layers=2,
-        vision_head_width=16,
-        context_length=12,
-        vocab_size=vocabulary_size(tokenizer_json),
-        text_width=16,
-        text_heads=1,
-        text_layers=1,
-        quick_gelu=False,
-    )
     extra = {"name": "tiny", "tokenizer_json": tokenizer_json, "templates": ["a {}."], "image_size": 32}
-    save_checkpoint("tcl.pt", TCL(TCLConfig(clip=config, decoder_blocks=1)), extra=extra)
+    save_checkpoint("tcl.pt", make_tiny_tcl(vocabulary_size(tokenizer_json)), extra=extra)
     return Path("tcl.pt")

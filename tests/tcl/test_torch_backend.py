@@ -1,5 +1,6 @@
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,42 +15,23 @@ from tclkit.runtime.backends import HostFeatures
 from tclkit.runtime.errors import CheckpointError, InputError
 from tclkit.runtime.files import sha256_from_file
 from tclkit.runtime.manifest import ImageEntry
-from tclkit.tcl import TCL, ClipConfig, TCLConfig, TorchBackend, open_torch_backend, save_checkpoint, torch_contender
+from tclkit.tcl import TCL, TorchBackend, open_torch_backend, save_checkpoint, torch_contender
 from tclkit.tcl.torch_backend import open_random_torch_backend, random_torch_contender
 
 TOKEN_IDS = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [9, 8, 7, 6]], np.int64)
 Exported = tuple[Path, Bundle]
 
 
-def small_model() -> TCL:
-    """Two layers, untrained but for the decoder's gates, which are open."""
-    torch.manual_seed(0)
-    config = ClipConfig(
-        embed_dim=16,
-        image_size=32,
-        patch_size=16,
-        vision_width=32,
-        vision_layers=2,
-        vision_head_width=16,
-        context_length=12,
-        vocab_size=40,
-        text_width=16,
-        text_heads=1,
-        text_layers=1,
-        quick_gelu=False,
-    )
-    model = TCL(TCLConfig(clip=config, decoder_blocks=1))
-    for name, parameter in model.grounder.named_parameters():
-        if name.endswith("gate"):
-            parameter.data.fill_(0.7)
-    return model
+@pytest.fixture
+def small_model(make_tiny_tcl: Callable[..., TCL]) -> TCL:
+    return make_tiny_tcl()
 
 
 @pytest.fixture
-def plain(tmp_path: Path, tiny_bundle_folder: Path) -> Exported:
+def plain(tmp_path: Path, tiny_bundle_folder: Path, small_model: TCL) -> Exported:
     """A checkpoint, and a bundle whose bundle.json names it; its graphs are not run here."""
     checkpoint = tmp_path / "tcl.pt"
-    save_checkpoint(checkpoint, small_model())
+    save_checkpoint(checkpoint, small_model)
     return checkpoint, described(tiny_bundle_folder, checkpoint)
 
 
@@ -78,10 +60,12 @@ def texts(backend: TorchBackend) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(("kp_w", "attention"), [(0.3, "self"), (0.3, "neighbours"), (0.0, "self")])
-def test_it_gives_what_the_graphs_give(tiny_bundle_folder: Path, tmp_path: Path, kp_w: float, attention: str) -> None:
+def test_it_gives_what_the_graphs_give(
+    tiny_bundle_folder: Path, tmp_path: Path, small_model: TCL, kp_w: float, attention: str
+) -> None:
     """Held against the modules that are traced into the graphs, which the export holds against the graphs."""
     checkpoint = tmp_path / "tcl.pt"
-    model = small_model()
+    model = small_model
     save_checkpoint(checkpoint, model)
     model.use_kp_attention(attention)
     provenance = {} if attention == "self" else {"kp_attention": attention}
@@ -170,9 +154,9 @@ def test_a_contender_travels_to_worker_processes(plain: Exported) -> None:
     assert contender.open(bundle, None).name == "torch"
 
 
-def test_random_weights_need_no_checkpoint(plain: Exported) -> None:
+def test_random_weights_need_no_checkpoint(plain: Exported, small_model: TCL) -> None:
     """The model has the sizes of the one that was exported, and runs."""
-    model, bundle = small_model(), plain[1]
+    model, bundle = small_model, plain[1]
     configs = {"configs": {"model": model.config.to_dict()}}
     bundle = replace(bundle, manifest=replace(bundle.manifest, provenance=configs))
     opener = pickle.loads(pickle.dumps(random_torch_contender())).open  # benchmarks send it to processes

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from tclkit.calib.datasets import Dataset, FolderDataset
 from tclkit.export import export_bundle
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.tokenizer import Tokenizer
-from tclkit.tcl import TCL, ClipConfig, TCLConfig, save_checkpoint, torch_contender
+from tclkit.tcl import TCL, TCLConfig, save_checkpoint, torch_contender
 from tclkit.tcl.arithmetic import Arithmetic
 from tclkit.tcl.batches import WorldBatches
 from tclkit.tcl.config import load_config
@@ -38,41 +38,18 @@ def tokenizer_json() -> str:
     return pruned_tokenizer_json(WORDS)
 
 
-def new_model(tokenizer_json: str) -> TCL:
-    """Two layers, untrained, every part of which counts."""
-    torch.manual_seed(0)
-    config = ClipConfig(
-        embed_dim=16,
-        image_size=SIZE,
-        patch_size=16,
-        vision_width=32,
-        vision_layers=2,
-        vision_head_width=16,
-        context_length=32,
-        vocab_size=vocabulary_size(tokenizer_json),
-        text_width=16,
-        text_heads=1,
-        text_layers=1,
-        quick_gelu=False,
-    )
-    model = TCL(TCLConfig(clip=config, decoder_blocks=1))
-    for name, parameter in model.grounder.named_parameters():
-        if name.endswith("gate"):
-            parameter.data.fill_(0.7)
-    return model
-
-
 @pytest.fixture
-def model(tokenizer_json: str) -> TCL:
-    return new_model(tokenizer_json)
+def model(tokenizer_json: str, make_tiny_tcl: Callable[..., TCL]) -> TCL:
+    return make_tiny_tcl(vocabulary_size(tokenizer_json), context_length=32)
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer_json: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tokenizer_json: str, make_tiny_tcl: Callable[..., TCL], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with tcl.pt and its bundle."""
     folder = tmp_path_factory.mktemp("exported")
     extra = {"tokenizer_json": tokenizer_json, "templates": list(TEMPLATES), "image_size": SIZE}
-    save_checkpoint(folder / "tcl.pt", new_model(tokenizer_json), extra=extra)
+    model = make_tiny_tcl(vocabulary_size(tokenizer_json), context_length=32)
+    save_checkpoint(folder / "tcl.pt", model, extra=extra)
     export_bundle(folder / "tcl.pt", folder / "bundle")
     return folder
 
