@@ -71,7 +71,10 @@ def load_compiled(key: CompiledKey) -> MappedFile | None:
         fits = header == _header(key, found, mapped.content.nbytes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):  # ValueError: no JSON, no text, or nothing behind the header
+    except OSError as error:
+        _log.warning("%s cannot be read (%s): the graph is compiled anew", path, error.strerror or error)
+        return None
+    except ValueError:  # no JSON, no text, or nothing behind the header
         fits = False
     if not fits:
         _log.warning("%s is damaged: the graph is compiled anew", path)

@@ -8,26 +8,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .errors import InputError
+
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_AFTER_S = 24 * 3600.0  # nobody writes a file for so long
 
 
 def models_folder() -> Path:
-    """Folder that holds installed bundles: $TCLKIT_HOME/models, else ~/.local/share/tclkit/models (XDG)."""
-    home = os.environ.get("TCLKIT_HOME")
-    if home:
-        return Path(home) / "models"
+    """Folder that holds installed bundles: $TCLKIT_HOME/models, else ~/.local/share/tclkit/models (XDG).
+
+    Raises:
+        InputError: $TCLKIT_HOME is there and no folder.
+    """
+    if home := _home():
+        return home / "models"
     data = os.environ.get("XDG_DATA_HOME")
     return (Path(data) if data else Path.home() / ".local" / "share") / "tclkit" / "models"
 
 
 def cache_folder() -> Path:
-    """Folder for what can be made again: $TCLKIT_HOME/cache, else ~/.cache/tclkit (XDG)."""
-    home = os.environ.get("TCLKIT_HOME")
-    if home:
-        return Path(home) / "cache"
+    """Folder for what can be made again: $TCLKIT_HOME/cache, else ~/.cache/tclkit (XDG).
+
+    Raises:
+        InputError: $TCLKIT_HOME is there and no folder.
+    """
+    if home := _home():
+        return home / "cache"
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "tclkit"
+
+
+def _home() -> Path | None:
+    named = os.environ.get("TCLKIT_HOME")
+    if not named:
+        return None
+    home = Path(named)
+    if home.exists() and not home.is_dir():
+        raise InputError(f"TCLKIT_HOME is {named}, which is no folder. Name a folder, or unset it")
+    return home
 
 
 def sha256_from_file(path: str | Path) -> str:

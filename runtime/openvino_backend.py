@@ -17,11 +17,13 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._section import AGAIN
 from .backend_inputs import (
     check_features,
     check_image_size,
@@ -44,7 +46,7 @@ from .cpu_records import (
     read_cpu_records,
 )
 from .engines import build_command
-from .errors import BackendError, InputError
+from .errors import BackendError, BundleError, InputError
 from .manifest import graph_precision
 from .memory import trim_heap
 from .processor import usable_cpus
@@ -55,6 +57,7 @@ _FEATURES = ("grounded", "kp")
 _ANY_BATCH = 0
 _TELEMETRY = "openvino_telemetry"
 _LONGEST_REASON = 300
+_IR_VERSION_FIELD = b"\x08"  # the first field of every ONNX file, as protobuf writes it
 _log = logging.getLogger(__name__)
 _core_lock = threading.Lock()
 
@@ -196,6 +199,7 @@ class OpenVinoBackend:
 
     def _compiled(self, file: str, key: CompiledKey) -> "_Model":
         path = self._bundle.path(file)
+        _check_onnx(path, file)
         try:
             model = self._core.read_model(path)
             if key.batch != _ANY_BATCH:
@@ -398,6 +402,14 @@ def _readable(value: NDArray[Any]) -> NDArray[Any]:
     """The array where it lies, in C order; copied only if it is not, or may not be written, which OpenVINO wants."""
     contiguous = np.asarray(value, order="C")
     return contiguous if contiguous.flags.writeable else contiguous.copy()
+
+
+def _check_onnx(path: Path, file: str) -> None:
+    """Refuse a file that does not begin as ONNX does: OpenVINO would try all the formats it knows on it, aloud."""
+    with path.open("rb") as stream:
+        begins = stream.read(1)
+    if begins != _IR_VERSION_FIELD:
+        raise BundleError(f"{path} is no ONNX file. {AGAIN}", file=file)
 
 
 def _reason(error: Exception) -> str:

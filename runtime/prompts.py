@@ -72,7 +72,7 @@ class PromptSet:
     """Prompts with their embeddings, ready to be compared with features.
 
     names: the N prompts as the user wrote them, white space tidied.
-    embeddings: (N, D) float32, of unit length.
+    embeddings: (N, D) float32, of unit length; read-only, for Segmenters remember it. A writable array is copied.
     key: `Bundle.text_encoder_hash` of the text encoder that made them.
     """
 
@@ -88,6 +88,10 @@ class PromptSet:
             raise InputError(f"{len(self.names)} names for {len(array)} embeddings; give one name each, at least one")
         if not np.isfinite(array).all() or np.abs(np.linalg.norm(array, axis=1) - 1).max() > 1e-3:
             raise InputError("embeddings should be finite and of unit length")
+        if array.flags.writeable:
+            own = array.copy()
+            own.flags.writeable = False
+            object.__setattr__(self, "embeddings", own)
 
     def __len__(self) -> int:
         return len(self.names)

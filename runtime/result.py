@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,17 +64,17 @@ class Segmentation:
         return int(self.label_map.shape[0]), int(self.label_map.shape[1])
 
     @functools.cached_property
-    def areas(self) -> Mapping[str, float]:
+    def areas(self) -> dict[str, float]:
         """Prompt -> fraction of the image, in [0, 1]."""
         return _by_name(self.names, count_labels(self.label_map, len(self.names))[1:] / self.label_map.size)
 
     @functools.cached_property
-    def scores(self) -> Mapping[str, float]:
+    def scores(self) -> dict[str, float]:
         """Prompt -> mean of its soft mask over its own pixels, 0 where it has none."""
         return _by_name(self.names, scores_from_labels(self.fitted, self.label_map))
 
     @functools.cached_property
-    def peaks(self) -> Mapping[str, float]:
+    def peaks(self) -> dict[str, float]:
         """Prompt -> highest value of its soft mask anywhere: how near a prompt that was not found came."""
         return _by_name(self.names, self.fitted_masks.max(axis=(1, 2)))
 
@@ -226,11 +225,11 @@ def segmentation_from_masks(
     masks: FittedMasks | NDArray[np.float32],
     threshold: float | None,
     *,
-    settings: Mapping[str, object] = MappingProxyType({}),
+    settings: Mapping[str, object] | None = None,
     model: str = "",
     backend: str = "",
-    timings_ms: Mapping[str, float] = MappingProxyType({}),
-    counters: Mapping[str, int] = MappingProxyType({}),
+    timings_ms: Mapping[str, float] | None = None,
+    counters: Mapping[str, int] | None = None,
     label_map: NDArray[np.int16] | None = None,
 ) -> Segmentation:
     """Label an image from its soft masks; see `Segmentation` for the arguments.
@@ -248,16 +247,16 @@ def segmentation_from_masks(
         label_map=label_map,
         fitted=fitted,
         threshold=threshold,
-        settings=settings,
+        settings=settings or {},
         model=model,
         backend=backend,
-        timings_ms=timings_ms,
-        counters=counters,
+        timings_ms=timings_ms or {},
+        counters=counters or {},
     )
 
 
-def _by_name(names: Sequence[str], values: NDArray[Any]) -> Mapping[str, float]:
-    return MappingProxyType({name: float(value) for name, value in zip(names, values, strict=True)})
+def _by_name(names: Sequence[str], values: NDArray[Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
 def _region_dict(region: "Region", polygons: bool) -> dict[str, Any]:

@@ -220,8 +220,9 @@ class Segmenter:
             model: name of an installed bundle, or its folder.
             backend: "auto", or a backend's name.
             cache: keep text embeddings on disk; a path keeps them in that file.
-            precision: of the image graph, "fp32", "fp16" or "int8"; "auto" takes with TensorRT the first of int8, fp16
-                and fp32 that has engines, with ONNX Runtime fp32.
+            precision: of the image graph, "fp32", "fp16", "bf16" or "int8"; "auto" takes with TensorRT the first of
+                int8, fp16 and fp32 that has engines, with OpenVINO the first of int8 and bf16 that passed the gate on
+                this machine, else fp32, with ONNX Runtime fp32.
             threads: CPU threads; None takes every CPU this process may use.
             verify: compare the bundle's files with their hashes first.
             windows_per_run: windows of one image that the image graph takes at once, at most: more fills a GPU, and

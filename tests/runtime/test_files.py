@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file, atomic_folder, cache_folder, keep_within, models_folder, sha256_from_file
 
 
@@ -69,6 +70,16 @@ def test_a_folder_left_aside_by_a_kill_comes_back(tmp_path: Path) -> None:
 def test_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert sha256_from_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_home_that_is_no_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path / "file"))
+    for folder in (models_folder, cache_folder):
+        with pytest.raises(InputError, match=r"TCLKIT_HOME is .*file, which is no folder\. Name a folder, or unset it"):
+            folder()
+    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path / "none yet"))
+    assert models_folder() == tmp_path / "none yet" / "models"
 
 
 def test_folders_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -363,8 +363,16 @@ def test_features_of_another_grid_than_the_kps_are_refused(backend: OpenVinoBack
         backend.masks(odd, texts(1), 0.3)
 
 
-def test_a_graph_that_cannot_be_compiled(folder: Path) -> None:
+def test_a_graph_that_is_none_never_reaches_openvino(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "image.onnx").write_bytes(b"not onnx")
+    backend = OpenVinoBackend(open_bundle(folder, verify=False), threads=1)
+    with pytest.raises(BundleError, match=r"image\.onnx is no ONNX file\. Fetch or export the bundle again"):
+        backend.image_features(images(1))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_cannot_be_compiled(folder: Path) -> None:
+    (folder / "image.onnx").write_bytes((folder / "image.onnx").read_bytes()[:2000])
     backend = OpenVinoBackend(open_bundle(folder, verify=False), threads=1)
     with pytest.raises(BackendError, match=r"OpenVINO .* cannot compile .*image\.onnx: .*pip install -U") as caught:
         backend.image_features(images(1))

@@ -157,3 +157,14 @@ def test_prompt_set() -> None:
 def test_a_prompt_set_that_does_not_fit(names: tuple[str, ...], embeddings: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         PromptSet(names=names, embeddings=embeddings, key="k")
+
+
+def test_embeddings_cannot_be_written_through_their_set() -> None:
+    """A Segmenter remembers sets, and hands the same ones out again."""
+    given = np.eye(2, dtype=np.float32)
+    prompts = PromptSet(names=("a", "b"), embeddings=given, key="k")
+    with pytest.raises(ValueError, match="read-only"):
+        prompts.embeddings[:] = 0
+    given[:] = 0  # the caller's own array stays his
+    np.testing.assert_array_equal(prompts.embeddings, np.eye(2))
+    assert PromptSet(names=("a", "b"), embeddings=prompts.embeddings, key="k").embeddings is prompts.embeddings

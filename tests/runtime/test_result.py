@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -138,3 +140,12 @@ def test_without_a_background_every_pixel_has_a_prompt() -> None:
     assert (result.label_map == 0).all()
     assert result.to_dict()["background_fraction"] == 0
     assert result.to_dict()["settings"] == {"threshold": None}
+
+
+def test_a_result_can_be_sent_to_another_process_before_and_after_it_was_read(result: Segmentation) -> None:
+    for _ in range(2):
+        for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+            assert again.areas == {"left": 0.25, "right": 0.5, "nowhere": 0.0}
+            np.testing.assert_array_equal(again.label_map, result.label_map)
+        assert json.loads(json.dumps(result.areas)) == result.areas
+        assert result.scores.keys() == result.peaks.keys()
