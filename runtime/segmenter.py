@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Prompts = PromptSet | Sequence[str]
 _REMEMBERED_PROMPT_SETS = 16
+_LOCK_SECONDS = 0.1  # between two looks whether a stream that waits for the backend was closed
 _BOUND_MARGIN = 1e-4  # far above what rounding does to a mean, far below what a threshold can tell
 
 
@@ -252,8 +253,12 @@ class Segmenter:
         return Stats(**self._counters, timings_ms=dict(self._total_ms))
 
     def close(self) -> None:
-        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does."""
-        self.backend.close()
+        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does.
+
+        It waits for the image graph that a stream runs just now; a stream goes on as far as the backend lets it.
+        """
+        with self._backend_lock:
+            self.backend.close()
 
     def __enter__(self) -> "Segmenter":
         return self
@@ -407,7 +412,7 @@ class Segmenter:
         until the graph has run.
 
         What `frames` raises is raised here, after the results of the frames before it. Closing the generator ends the
-        threads.
+        threads: it waits for the image graph, and up to 5 s for `frames`, which is then left to itself with a warning.
 
         Args:
             frames: images as in a call; a generator will do.
@@ -431,7 +436,7 @@ class Segmenter:
 
         def look(prepared: _Prepared) -> _LookedAt:
             turn.acquire()
-            return _LookedAt(prepared=prepared, first=None if is_closed.is_set() else self._first_run(prepared))
+            return _LookedAt(prepared=prepared, first=self._first_run(prepared, is_closed))
 
         looked_at = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit), look)
         try:
@@ -442,12 +447,22 @@ class Segmenter:
             turn.release()  # the thread may wait for it
             looked_at.close()
 
-    def _first_run(self, prepared: _Prepared) -> _Run:
-        """Run the image graph on the first windows of an image; counts nothing, since `stream` does it in a thread."""
-        start = time.perf_counter()
+    def _first_run(self, prepared: _Prepared, is_closed: threading.Event) -> _Run | None:
+        """Run the image graph on the first windows of an image; counts nothing, since `stream` does it in a thread.
+
+        None where the stream is closed before the backend is free: who closes it waits for this thread, and may hold
+        the backend itself, where the garbage collector closes a stream that was forgotten.
+        """
         windows = next(iter(self._runs(prepared.fitted[0].inputs)))
-        features = self._image_features(windows)
-        return _Run(features=features, elapsed_ms=_elapsed_ms(start))
+        while not is_closed.is_set():
+            if self._backend_lock.acquire(timeout=_LOCK_SECONDS):
+                try:
+                    start = time.perf_counter()
+                    features = self.backend.image_features(self._batch(windows))
+                    return _Run(features=features, elapsed_ms=_elapsed_ms(start))
+                finally:
+                    self._backend_lock.release()
+        return None
 
     def _prepare(self, image_hwc: NDArray[np.uint8], fit: str) -> _Prepared:
         """Resize and cut; touches nothing of the Segmenter that changes, so that `stream` may do it in its thread."""
@@ -511,11 +526,13 @@ class Segmenter:
             yield run.features
 
     def _image_features(self, windows: Sequence[NDArray[np.uint8]]) -> Features:
-        images = windows[0][None] if len(windows) == 1 else np.stack(windows)
-        if self.flip:
-            images = np.concatenate([images, images[:, :, ::-1]])
         with self._backend_lock:
-            return self.backend.image_features(images)
+            return self.backend.image_features(self._batch(windows))
+
+    def _batch(self, windows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Windows as the image graph takes them: (B, h, w, 3), with flip 2 B of them, the mirrored ones last."""
+        images = windows[0][None] if len(windows) == 1 else np.stack(windows)
+        return np.concatenate([images, images[:, :, ::-1]]) if self.flip else images
 
     def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
         """Windows that go through the image graph together."""

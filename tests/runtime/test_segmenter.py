@@ -357,6 +357,9 @@ class NotedBackend:
         vectors: NDArray[np.float32] = self._noted(self.backend.encode_text, token_ids_ML)
         return vectors
 
+    def close(self) -> None:
+        self._noted(self.backend.close)
+
     def _noted(self, run: Callable[..., Any], *arguments: object) -> Any:
         self._running += 1
         self.overlapped |= self._running > 1
@@ -436,6 +439,78 @@ def test_a_stream_that_is_closed_early_leaves_no_thread(
         results.close()
         assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
         assert len(noted.image_threads) - before <= read + 1
+
+
+@pytest.fixture
+def slow_from_the_second_on(segmenter: Segmenter, noted: NotedBackend, monkeypatch: pytest.MonkeyPatch) -> NotedBackend:
+    """The image graph takes 0.5 s on all images but the first."""
+    run = noted.backend.image_features
+
+    def slow(images_BHWC: NDArray[np.uint8]) -> Features:
+        if len(noted.image_threads) > 1:
+            time.sleep(0.5)
+        features: Features = run(images_BHWC)
+        return features
+
+    monkeypatch.setattr(noted.backend, "image_features", slow)
+    return noted
+
+
+def wait_for_images(noted: NotedBackend, count: int) -> None:
+    """Until the image graph has begun on this many images."""
+    deadline = time.monotonic() + 10
+    while len(noted.image_threads) < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(noted.image_threads) == count
+
+
+def test_closing_a_stream_waits_for_the_image_graph(
+    segmenter: Segmenter,
+    slow_from_the_second_on: NotedBackend,
+    scene: Image,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("tclkit.runtime.prefetch._JOIN_SECONDS", 0.2)
+    results = segmenter.stream([scene] * 9, NAMES)
+    next(results)
+    wait_for_images(slow_from_the_second_on, 2)
+    with caplog.at_level(logging.WARNING):
+        results.close()
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+    assert caplog.messages == []
+
+
+def test_closing_the_segmenter_waits_for_the_image_graph_of_a_stream(
+    segmenter: Segmenter, slow_from_the_second_on: NotedBackend, scene: Image
+) -> None:
+    results = segmenter.stream([scene] * 9, NAMES)
+    next(results)
+    wait_for_images(slow_from_the_second_on, 2)
+    segmenter.close()
+    results.close()
+    assert not slow_from_the_second_on.overlapped
+
+
+def test_a_stream_may_be_closed_by_who_holds_the_backend(
+    segmenter: Segmenter, noted: NotedBackend, scene: Image
+) -> None:
+    """As the garbage collector does it during a call, for a stream that was forgotten in a cycle."""
+    second = threading.Event()
+
+    def camera() -> Iterator[Image]:
+        yield scene
+        second.wait(10)
+        yield scene
+
+    results = segmenter.stream(camera(), NAMES)
+    next(results)
+    with segmenter._backend_lock:
+        second.set()
+        time.sleep(0.05)  # the thread comes to wait for the backend
+        results.close()
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+    assert len(noted.image_threads) == 1
 
 
 def test_an_image_that_the_model_cannot_run_comes_after_those_before_it(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,19 @@ def test_streams_and_calls_of_one_segmenter(bundle: Bundle, random_images: Image
     assert [result.settings["windows"] for result in slid] == [5, 5]
     assert all((label_map == wanted).mean() > 0.999 for label_map in found)
     assert all((label_map == wanted_wide).mean() > 0.999 for label_map in labels_of(slid))
+
+
+def test_a_segmenter_that_is_closed_during_a_stream(bundle: Bundle, random_images: Images, simulator: Any) -> None:
+    for number in range(6):
+        segmenter = Segmenter.open(bundle.folder, backend="tensorrt")
+        results = segmenter.stream([random_images(1)[0]] * 9, ["red circle"])
+        next(results)
+        time.sleep(0.003 * number)  # before, in and after the run of the image engine
+        segmenter.close()
+        with pytest.raises(TclkitError, match="the TensorRT backend of tcl-shapes is closed"):
+            list(results)
+    gc.collect()
+    assert simulator.leaks() == []
 
 
 def test_a_segmenter_stays_on_the_device_that_it_was_opened_on(
