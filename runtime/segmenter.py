@@ -147,6 +147,10 @@ class _LookedAt:
     first: _Run | None
 
 
+def _nothing() -> None:
+    """Call back where nobody waits for it."""
+
+
 class Segmenter:
     """Finds the pixels that words name.
 
@@ -406,10 +410,11 @@ class Segmenter:
         Two threads run ahead. The first takes a frame, copies it, so that a camera may use its buffer again, and
         resizes it. The second runs the image graph, of several windows the first run. While the caller has frame i, the
         image graph runs on frame i + 1 and frame i + 2 is fetched and resized; no frame beyond it is taken. The rest,
-        which is comparing with the prompts, PAMR and labelling, is done in the caller's thread when it asks for the
-        next result, so prompts may change until then. The backend is never used by two threads at once: the image graph
-        starts on a frame when the frame before it was compared, and a call of this Segmenter from within the loop waits
-        until the graph has run.
+        which is further windows and scales, comparing with the prompts, PAMR and labelling, is done in the caller's
+        thread when it asks for the next result, so prompts may change until then. The backend is never used by two
+        threads at once: the image graph starts on a frame when the frame before it was compared with the prompts, so
+        that it runs during PAMR and labelling too, and a call of this Segmenter from within the loop waits for the
+        graph where it runs already.
 
         What `frames` raises is raised here, after the results of the frames before it. Closing the generator ends the
         threads: it waits for the image graph, and up to 5 s for `frames`, which is then left to itself with a warning.
@@ -484,7 +489,7 @@ class Segmenter:
         options: _Options,
         *,
         first: _Run | None = None,
-        compared: Callable[[], None] = lambda: None,
+        compared: Callable[[], None] = _nothing,
     ) -> Segmentation:
         """Segment a prepared image.
 
@@ -493,7 +498,7 @@ class Segmenter:
             asked: prompts.
             options: how masks become labels.
             first: run of the image graph at the first scale, where it was made already.
-            compared: called when the backend is not needed any more.
+            compared: called when the backend is not needed any more: before masks are refined, joined and resized.
         """
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
@@ -506,8 +511,7 @@ class Segmenter:
             )
             for index, one in enumerate(prepared.fitted)
         ]
-        fitted = self._fitted_masks(seen, asked.every, options, timings)
-        compared()
+        fitted = self._fitted_masks(seen, asked.every, options, timings, compared)
         self._counters["images"] += 1
         return self._labelled(prepared.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
@@ -540,10 +544,18 @@ class Segmenter:
             yield inputs[start : start + self.windows_per_run]
 
     def _fitted_masks(
-        self, seen: Sequence[_Seen], prompts: PromptSet, options: _Options, timings: dict[str, float]
+        self,
+        seen: Sequence[_Seen],
+        prompts: PromptSet,
+        options: _Options,
+        timings: dict[str, float],
+        compared: Callable[[], None] = _nothing,
     ) -> FittedMasks:
         """N soft masks at the size the model saw the image; the mean over scales at the finest's."""
-        scales = [self._all_window_masks(one, prompts, options, timings) for one in seen]
+        scales = [
+            self._all_window_masks(one, prompts, options, timings, compared if one is seen[-1] else _nothing)
+            for one in seen
+        ]
         if options.pamr:
             scales = self._all_refined([list(windows) for windows in scales], options, timings)
         joined = (
@@ -553,10 +565,20 @@ class Segmenter:
         return _mean_over_scales(joined, len(seen))
 
     def _all_window_masks(
-        self, seen: _Seen, prompts: PromptSet, options: _Options, timings: dict[str, float]
+        self,
+        seen: _Seen,
+        prompts: PromptSet,
+        options: _Options,
+        timings: dict[str, float],
+        compared: Callable[[], None],
     ) -> Iterator[_WindowMasks]:
-        for run, run_features in zip(self._runs(seen.inputs), seen.features, strict=True):
-            yield from self._window_masks(run_features, run, prompts, options, timings)
+        """Masks of one window after the other; `compared` is called when those of the last run are there."""
+        runs = list(self._runs(seen.inputs))
+        for number, (windows, features) in enumerate(zip(runs, seen.features, strict=True), start=1):
+            masks = self._window_masks(features, windows, prompts, options, timings)
+            if number == len(runs):
+                compared()
+            yield from masks
 
     def _window_masks(
         self,
@@ -565,14 +587,15 @@ class Segmenter:
         prompts: PromptSet,
         options: _Options,
         timings: dict[str, float],
-    ) -> Iterator[_WindowMasks]:
-        """Masks on the mask grid, of one window of a run after the other; mixed unless PAMR comes in between."""
+    ) -> list[_WindowMasks]:
+        """Masks on the mask grid, of every window of a run; mixed unless PAMR comes in between."""
         with self._timed("masks", timings):
             masks_BNhw = self._head(features, prompts, 0.0 if options.pamr else options.kp_w)
             kp_BNhw = self._head(features, prompts, 1.0) if options.pamr and options.kp_w > 0 else None
-        for index, window_hwc in enumerate(windows):
-            kp = None if kp_BNhw is None else kp_BNhw[index]
-            yield _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=kp)
+        return [
+            _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=None if kp_BNhw is None else kp_BNhw[index])
+            for index, window_hwc in enumerate(windows)
+        ]
 
     def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
         """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""

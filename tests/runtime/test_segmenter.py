@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tclkit.runtime import segmenter as segmenter_module
 from tclkit.runtime.backends import Features
 from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitError
 from tclkit.runtime.labels import labels_from_masks
@@ -402,6 +403,33 @@ def test_stream_runs_the_image_graph_while_the_caller_draws(
     assert set(noted.image_threads) == {"tclkit-prefetch"}
     assert set(noted.mask_threads) == {threading.current_thread().name}
     assert segmenter.stats.windows == 6
+
+
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("stage", ["refine_masks", "labels_from_masks"])
+def test_stream_runs_the_image_graph_while_masks_are_refined_and_labelled(
+    two_sizes: Path, paint: Callable[..., Image], monkeypatch: pytest.MonkeyPatch, fit: str, scales: bool, stage: str
+) -> None:
+    """While this frame's stage waits, the image graph runs on the next frame: the second run in the stream's thread."""
+    segmenter = Segmenter.open(two_sizes, threads=1, scales=scales)
+    segmenter.backend = noted = NotedBackend(segmenter.backend)
+    real = getattr(segmenter_module, stage)
+    runs_ahead: list[int] = []
+
+    def waiting(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 3
+        while noted.image_threads.count("tclkit-prefetch") < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        runs_ahead.append(noted.image_threads.count("tclkit-prefetch"))
+        return real(*arguments)
+
+    monkeypatch.setattr(segmenter_module, stage, waiting)
+    results = segmenter.stream([paint((100, 250), red=(0, 50, 0, 120))] * 2, NAMES, fit=fit, pamr=True)
+    next(results)
+    results.close()
+    assert set(runs_ahead) == {2}
+    assert not noted.overlapped
 
 
 def test_stream_asks_for_prompts_in_the_callers_thread_once_a_frame(segmenter: Segmenter, scene: Image) -> None:
