@@ -49,6 +49,8 @@ class ImageFeatures:
         features: of each run of the image graph, one window or several.
         timings_ms: what making them took.
         smaller: the same at the bundle's smaller sizes, for a Segmenter that takes the mean over scales.
+        windows_per_run: of the Segmenter that made them: windows in one of `features`, at most.
+        flip: of the Segmenter that made them: each of `features` holds its windows mirrored as well.
     """
 
     image_hwc: NDArray[np.uint8]
@@ -57,6 +59,8 @@ class ImageFeatures:
     features: tuple[Features, ...]
     timings_ms: dict[str, float]
     smaller: tuple["ImageFeatures", ...] = ()
+    windows_per_run: int = 1
+    flip: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +133,7 @@ class _Seen:
     plan: FitPlan
     inputs: tuple[NDArray[np.uint8], ...]
     features: Iterable[Features]
+    windows_per_run: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -356,6 +361,8 @@ class Segmenter:
                 inputs=fitted.inputs,
                 features=tuple(self._window_features(fitted.inputs, timings)),
                 timings_ms=timings,
+                windows_per_run=self.windows_per_run,
+                flip=self.flip,
             )
             for fitted in prepared.fitted
         ]
@@ -373,11 +380,17 @@ class Segmenter:
         pamr: bool = False,
         contrast: Prompts | None = None,
     ) -> Segmentation:
-        """Segment an image whose features are there; arguments and errors as in a call."""
+        """Segment an image whose features are there; arguments and errors as in a call.
+
+        They may come from another Segmenter of the model.
+
+        Raises:
+            InputError: also where that one looked at the mirrored image and this one does not, or the other way round.
+        """
         options = self._options(threshold, background, kp_w, pamr)
         asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
-        seen = _seen(features)
+        seen = self._seen(features)
         fitted = self._fitted_masks(seen, asked.every, options, timings)
         return self._labelled(features.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
@@ -387,10 +400,13 @@ class Segmenter:
         """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size.
 
         With `pamr` every mask is refined, also those of prompts that no pixel is labelled with.
+
+        Raises:
+            InputError: as `segment`.
         """
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
         prompt_set = self._prompt_set(prompts)
-        fitted = self._fitted_masks(_seen(features), prompt_set, options, {})
+        fitted = self._fitted_masks(self._seen(features), prompt_set, options, {})
         return resize_masks(fitted.array(), features.plan.source_size)
 
     def stream(
@@ -458,7 +474,7 @@ class Segmenter:
         None where the stream is closed before the backend is free: who closes it waits for this thread, and may hold
         the backend itself, where the garbage collector closes a stream that was forgotten.
         """
-        windows = next(iter(self._runs(prepared.fitted[0].inputs)))
+        windows = next(_runs(prepared.fitted[0].inputs, self.windows_per_run))
         while not is_closed.is_set():
             if self._backend_lock.acquire(timeout=_LOCK_SECONDS):
                 try:
@@ -508,6 +524,7 @@ class Segmenter:
                 plan=one.plan,
                 inputs=one.inputs,
                 features=self._window_features(one.inputs, timings, first if index == 0 else None),
+                windows_per_run=self.windows_per_run,
             )
             for index, one in enumerate(prepared.fitted)
         ]
@@ -519,7 +536,7 @@ class Segmenter:
         self, inputs: Sequence[NDArray[np.uint8]], timings: dict[str, float], first: _Run | None = None
     ) -> Iterator[Features]:
         """Features run by run of the image graph, so that those of many windows need not be held."""
-        for number, windows in enumerate(self._runs(inputs)):
+        for number, windows in enumerate(_runs(inputs, self.windows_per_run)):
             if number == 0 and first is not None:
                 run = first
             else:
@@ -537,11 +554,6 @@ class Segmenter:
         """Windows as the image graph takes them: (B, h, w, 3), with flip 2 B of them, the mirrored ones last."""
         images = windows[0][None] if len(windows) == 1 else np.stack(windows)
         return np.concatenate([images, images[:, :, ::-1]]) if self.flip else images
-
-    def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
-        """Windows that go through the image graph together."""
-        for start in range(0, len(inputs), self.windows_per_run):
-            yield inputs[start : start + self.windows_per_run]
 
     def _fitted_masks(
         self,
@@ -573,7 +585,7 @@ class Segmenter:
         compared: Callable[[], None],
     ) -> Iterator[_WindowMasks]:
         """Masks of one window after the other; `compared` is called when those of the last run are there."""
-        runs = list(self._runs(seen.inputs))
+        runs = list(_runs(seen.inputs, seen.windows_per_run))
         for number, (windows, features) in enumerate(zip(runs, seen.features, strict=True), start=1):
             masks = self._window_masks(features, windows, prompts, options, timings)
             if number == len(runs):
@@ -605,6 +617,21 @@ class Segmenter:
             return masks_BNhw
         straight, mirrored = np.split(masks_BNhw, 2)
         return np.asarray((straight + mirrored[..., ::-1]) * np.float32(0.5))
+
+    def _seen(self, features: ImageFeatures) -> list[_Seen]:
+        """The fits of an image whose features are there, the finest first."""
+        if features.flip != self.flip:
+            made, wanted = ("with" if flip else "without" for flip in (features.flip, self.flip))
+            raise InputError(
+                f"these features were made {made} the mirrored image, but this Segmenter works {wanted} it. Make them "
+                f"with this one: segmenter.features(image), or open one with flip={features.flip}",
+                expected=self.flip,
+                found=features.flip,
+            )
+        return [
+            _Seen(plan=one.plan, inputs=one.inputs, features=one.features, windows_per_run=one.windows_per_run)
+            for one in (features, *features.smaller)
+        ]
 
     def _all_refined(
         self, scales: Sequence[Sequence[_WindowMasks]], options: _Options, timings: dict[str, float]
@@ -764,8 +791,10 @@ class Segmenter:
         self._total_ms[stage] += elapsed_ms
 
 
-def _seen(features: ImageFeatures) -> list[_Seen]:
-    return [_Seen(plan=one.plan, inputs=one.inputs, features=one.features) for one in (features, *features.smaller)]
+def _runs(inputs: Sequence[NDArray[np.uint8]], windows_per_run: int) -> Iterator[Sequence[NDArray[np.uint8]]]:
+    """Windows that go through the image graph together."""
+    for start in range(0, len(inputs), windows_per_run):
+        yield inputs[start : start + windows_per_run]
 
 
 def _mean_over_scales(joined: Iterator[FittedMasks], count: int) -> FittedMasks:

@@ -676,6 +676,34 @@ def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
     assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_of_a_segmenter_that_flips_otherwise(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], flip: bool
+) -> None:
+    maker, other = (Segmenter.open(tiny_bundle_folder, threads=1, flip=one) for one in (flip, not flip))
+    features = maker.features(paint((64, 96), red=(0, 32, 0, 16)))
+    words = ("with", "without") if flip else ("without", "with")
+    message = rf"made {words[0]} the mirrored .* works {words[1]} it\. Make them .*features\(image\), .* flip={flip}"
+    with pytest.raises(InputError, match=message):
+        other.segment(features, NAMES)
+    with pytest.raises(InputError, match=message):
+        other.masks(features, NAMES)
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+def test_features_of_a_segmenter_that_takes_other_windows_at_once(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], pamr: bool
+) -> None:
+    image = paint((80, 230), red=(0, 40, 0, 100), blue=(30, 80, 130, 230))
+    one, three = (Segmenter.open(tiny_bundle_folder, threads=1, windows_per_run=count) for count in (1, 3))
+    wanted = one(image, NAMES, fit="slide", pamr=pamr)
+    for maker, other in ((one, three), (three, one)):
+        features = maker.features(image, fit="slide")
+        result = other.segment(features, NAMES, pamr=pamr)
+        np.testing.assert_array_equal(result.label_map, wanted.label_map)
+        np.testing.assert_array_equal(other.masks(features, NAMES), maker.masks(features, NAMES))
+
+
 @pytest.fixture
 def two_sizes(write_tiny_bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A bundle with a square graph in two sizes, and a wide one in a single size."""
