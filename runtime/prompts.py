@@ -14,6 +14,7 @@ The rule, for a prompt after cleaning:
 Only 3 is in the published protocol; 1 and 2 keep prompts good English ("a photo of a a dog" is not).
 """
 
+import collections
 import itertools
 import re
 import unicodedata
@@ -71,7 +72,7 @@ _RELATIVE = re.compile(r" (?:that|which|who|whose|where|when|while|as) ")
 class PromptSet:
     """Prompts with their embeddings, ready to be compared with features.
 
-    names: the N prompts as the user wrote them, white space tidied.
+    names: the N prompts as the user wrote them, white space tidied; each once, for results are told by name.
     embeddings: (N, D) float32, of unit length.
     key: `Bundle.text_encoder_hash` of the text encoder that made them.
     """
@@ -88,6 +89,10 @@ class PromptSet:
             raise InputError(f"{len(self.names)} names for {len(array)} embeddings; give one name each, at least one")
         if not np.isfinite(array).all() or np.abs(np.linalg.norm(array, axis=1) - 1).max() > 1e-3:
             raise InputError("embeddings should be finite and of unit length")
+        repeated = [name for name, count in collections.Counter(self.names).items() if count > 1]
+        if repeated:
+            message = f"the name {shortened(repeated[0])!r} stands for two prompts or more. Name each thing once"
+            raise InputError(message, name=repeated[0])
 
     def __len__(self) -> int:
         return len(self.names)

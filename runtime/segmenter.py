@@ -94,10 +94,10 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Asked:
-    """Prompts of one call: the first `count` were named, the others are contrast."""
+    """Prompts of one call: the first were named, the others are contrast, which may have the same names."""
 
-    every: PromptSet
-    count: int
+    names: tuple[str, ...]
+    embeddings: NDArray[np.float32]  # (N, D), of all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -391,7 +391,7 @@ class Segmenter:
         asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
         seen = self._seen(features)
-        fitted = self._fitted_masks(seen, asked.every, options, timings)
+        fitted = self._fitted_masks(seen, asked.embeddings, options, timings)
         return self._labelled(features.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
     def masks(
@@ -405,8 +405,8 @@ class Segmenter:
             InputError: as `segment`.
         """
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
-        prompt_set = self._prompt_set(prompts)
-        fitted = self._fitted_masks(self._seen(features), prompt_set, options, {})
+        text_ND = self._prompt_set(prompts).embeddings
+        fitted = self._fitted_masks(self._seen(features), text_ND, options, {})
         return resize_masks(fitted.array(), features.plan.source_size)
 
     def stream(
@@ -528,7 +528,7 @@ class Segmenter:
             )
             for index, one in enumerate(prepared.fitted)
         ]
-        fitted = self._fitted_masks(seen, asked.every, options, timings, compared)
+        fitted = self._fitted_masks(seen, asked.embeddings, options, timings, compared)
         self._counters["images"] += 1
         return self._labelled(prepared.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
@@ -558,20 +558,20 @@ class Segmenter:
     def _fitted_masks(
         self,
         seen: Sequence[_Seen],
-        prompts: PromptSet,
+        text_ND: NDArray[np.float32],
         options: _Options,
         timings: dict[str, float],
         compared: Callable[[], None] = _nothing,
     ) -> FittedMasks:
         """N soft masks at the size the model saw the image; the mean over scales at the finest's."""
         scales = [
-            self._all_window_masks(one, prompts, options, timings, compared if one is seen[-1] else _nothing)
+            self._all_window_masks(one, text_ND, options, timings, compared if one is seen[-1] else _nothing)
             for one in seen
         ]
         if options.pamr:
             scales = self._all_refined([list(windows) for windows in scales], options, timings)
         joined = (
-            one.plan.join((self._checked(window.masks) for window in windows), len(prompts))
+            one.plan.join((self._checked(window.masks) for window in windows), len(text_ND))
             for one, windows in zip(seen, scales, strict=True)
         )
         return _mean_over_scales(joined, len(seen))
@@ -579,7 +579,7 @@ class Segmenter:
     def _all_window_masks(
         self,
         seen: _Seen,
-        prompts: PromptSet,
+        text_ND: NDArray[np.float32],
         options: _Options,
         timings: dict[str, float],
         compared: Callable[[], None],
@@ -587,7 +587,7 @@ class Segmenter:
         """Masks of one window after the other; `compared` is called when those of the last run are there."""
         runs = list(_runs(seen.inputs, seen.windows_per_run))
         for number, (windows, features) in enumerate(zip(runs, seen.features, strict=True), start=1):
-            masks = self._window_masks(features, windows, prompts, options, timings)
+            masks = self._window_masks(features, windows, text_ND, options, timings)
             if number == len(runs):
                 compared()
             yield from masks
@@ -596,23 +596,23 @@ class Segmenter:
         self,
         features: Features,
         windows: Sequence[NDArray[np.uint8]],
-        prompts: PromptSet,
+        text_ND: NDArray[np.float32],
         options: _Options,
         timings: dict[str, float],
     ) -> list[_WindowMasks]:
         """Masks on the mask grid, of every window of a run; mixed unless PAMR comes in between."""
         with self._timed("masks", timings):
-            masks_BNhw = self._head(features, prompts, 0.0 if options.pamr else options.kp_w)
-            kp_BNhw = self._head(features, prompts, 1.0) if options.pamr and options.kp_w > 0 else None
+            masks_BNhw = self._head(features, text_ND, 0.0 if options.pamr else options.kp_w)
+            kp_BNhw = self._head(features, text_ND, 1.0) if options.pamr and options.kp_w > 0 else None
         return [
             _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=None if kp_BNhw is None else kp_BNhw[index])
             for index, window_hwc in enumerate(windows)
         ]
 
-    def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
+    def _head(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""
         with self._backend_lock:
-            masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
+            masks_BNhw = self.backend.masks(features, text_ND, kp_w)
         if not self.flip:
             return masks_BNhw
         straight, mirrored = np.split(masks_BNhw, 2)
@@ -682,12 +682,12 @@ class Segmenter:
     ) -> Segmentation:
         with self._timed("labels", timings):
             label_map = labels_from_masks(fitted, plans[0].source_size, options.threshold)
-            if asked.count < len(asked.every):
-                label_map = without_contrast(label_map, asked.count)
+            if len(asked.names) < len(asked.embeddings):
+                label_map = without_contrast(label_map, len(asked.names))
         return segmentation_from_masks(
             image_hwc,
-            asked.every.names[: asked.count],
-            fitted.first(asked.count),
+            asked.names,
+            fitted.first(len(asked.names)),
             options.threshold,
             label_map=label_map,
             settings={
@@ -723,14 +723,9 @@ class Segmenter:
     def _asked(self, prompts: Prompts, contrast: Prompts | None) -> _Asked:
         named = self._prompt_set(prompts)
         if contrast is None or not len(contrast):
-            return _Asked(every=named, count=len(named))
+            return _Asked(names=named.names, embeddings=named.embeddings)
         more = self._prompt_set(contrast)
-        every = PromptSet(
-            names=(*named.names, *more.names),
-            embeddings=np.concatenate([named.embeddings, more.embeddings]),
-            key=named.key,
-        )
-        return _Asked(every=every, count=len(named))
+        return _Asked(names=named.names, embeddings=np.concatenate([named.embeddings, more.embeddings]))
 
     def _prompt_set(self, prompts: Prompts) -> PromptSet:
         if not isinstance(prompts, PromptSet):

@@ -806,6 +806,12 @@ def test_pixels_of_contrast_prompts_are_background(segmenter: Segmenter, scene: 
     np.testing.assert_array_equal(streamed.label_map, result.label_map)
 
 
+def test_a_contrast_prompt_that_was_named_too_takes_nothing_away(segmenter: Segmenter, scene: Image) -> None:
+    plain = segmenter(scene, ["red", "green"], kp_w=0)
+    result = segmenter(scene, ["red", "green"], kp_w=0, contrast=["green", "blue"])
+    np.testing.assert_array_equal(result.label_map, plain.label_map)
+
+
 def test_contrast_decides_where_a_threshold_cannot(segmenter: Segmenter, scene: Image) -> None:
     """Without a background every pixel is red's; a prompt for the rest takes it away."""
     assert segmenter(scene, ["red"], kp_w=0, background=False).areas["red"] == 1
