@@ -111,7 +111,7 @@ def load_engine(file: EngineFile, *, device: DeviceIdentity, remedy: str) -> Loa
     Raises:
         BundleError: the file is damaged.
         EngineMismatchError: TensorRT refuses it.
-        BackendError: tensorrt is not installed.
+        BackendError: tensorrt or cuda-python is not installed.
     """
     tensorrt = import_tensorrt()
     key = (file.record.engine_sha256, id(tensorrt), current_device_number())

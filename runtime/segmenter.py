@@ -164,7 +164,7 @@ class Segmenter:
         result = segmenter(image_hwc, prompts)
         result.save_overlay("overlay.png")
 
-    A Segmenter belongs to the thread that first uses it; other threads open their own.
+    A Segmenter belongs to the thread that first uses it; other threads open their own. Any thread may close it.
     """
 
     def __init__(
@@ -442,6 +442,11 @@ class Segmenter:
 
         Yields:
             One Segmentation a frame, in order.
+
+        Raises:
+            InputError: as a call: a bad prompt or option at once, an image when its turn comes.
+            BackendError: the model could not be run.
+            TclkitError: the Segmenter was closed meanwhile, and its backend does not open again.
         """
         options = self._options(threshold, background, kp_w, pamr)
         contrast = None if contrast is None else self._prompt_set(contrast)
