@@ -87,12 +87,12 @@ class PromptSet:
             raise InputError("embeddings should be a float32 array of shape (N, D)")
         if len(array) != len(self.names) or not self.names:
             raise InputError(f"{len(self.names)} names for {len(array)} embeddings; give one name each, at least one")
-        if not np.isfinite(array).all() or np.abs(np.linalg.norm(array, axis=1) - 1).max() > 1e-3:
-            raise InputError("embeddings should be finite and of unit length")
         repeated = [name for name, count in collections.Counter(self.names).items() if count > 1]
         if repeated:
             message = f"the name {shortened(repeated[0])!r} stands for two prompts or more. Name each thing once"
             raise InputError(message, name=repeated[0])
+        if not np.isfinite(array).all() or np.abs(np.linalg.norm(array, axis=1) - 1).max() > 1e-3:
+            raise InputError("embeddings should be finite and of unit length")
 
     def __len__(self) -> int:
         return len(self.names)
