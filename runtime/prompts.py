@@ -70,9 +70,9 @@ _RELATIVE = re.compile(r" (?:that|which|who|whose|where|when|while|as) ")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptSet:
-    """Prompts with their embeddings, ready to be compared with features.
+    """Prompts with their embeddings, ready to be compared with features; each name once, for results go by names.
 
-    names: the N prompts as the user wrote them, white space tidied; each once, for results are told by name.
+    names: the N prompts as the user wrote them, white space tidied.
     embeddings: (N, D) float32, of unit length.
     key: `Bundle.text_encoder_hash` of the text encoder that made them.
     """
