@@ -49,7 +49,7 @@ class HostFeatures:
 
 
 class Backend(Protocol):
-    """Runs the three graphs of one bundle. Not for use by two threads at once."""
+    """Runs the three graphs of one bundle. Not for use by two threads at once; by one after another it is."""
 
     @property
     def name(self) -> str:

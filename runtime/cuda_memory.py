@@ -2,14 +2,19 @@
 
 cuda-python is imported when the first of these is made, so that importing this module costs nothing. Everything here is
 released once: by `close`, at the end of a `with` block, or, as a net, when it is garbage collected or Python ends.
+
+CUDA keeps a current device for every thread, 0 in a new one. What is made here lies on the device that was current
+then; who uses it in another thread does so within `on_device`.
+
 It ran on the simulator only (tests/tensorrt_simulator); no GPU was at hand.
 """
 
 import contextlib
 import ctypes
 import logging
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -86,12 +91,41 @@ def device_name_and_capability() -> tuple[str, str]:
         BackendError: no cuda-python, no driver, or no device.
     """
     device_count()
-    runtime = cuda_runtime()
-    device = check(runtime.cudaGetDevice(), "cudaGetDevice")
-    properties = check(runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties")
+    properties = check(cuda_runtime().cudaGetDeviceProperties(current_device_number()), "cudaGetDeviceProperties")
     name = properties.name
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
     return text.rstrip("\0"), f"{properties.major}.{properties.minor}"
+
+
+def current_device_number() -> int:
+    """Number of this thread's current device.
+
+    Raises:
+        BackendError: no cuda-python, no driver, or no device.
+    """
+    return int(check(cuda_runtime().cudaGetDevice(), "cudaGetDevice"))
+
+
+@contextlib.contextmanager
+def on_device(number: int) -> Iterator[None]:
+    """Make a device this thread's current one; afterwards it is the one from before again.
+
+    Args:
+        number: as `current_device_number` gave it, in whichever thread.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    before = current_device_number()
+    if before == number:
+        yield
+        return
+    runtime = cuda_runtime()
+    check(runtime.cudaSetDevice(number), "cudaSetDevice")
+    try:
+        yield
+    finally:
+        check(runtime.cudaSetDevice(before), "cudaSetDevice")
 
 
 class _Owned:
@@ -102,8 +136,9 @@ class _Owned:
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def _own(self, function: str, *handle: Any) -> None:
-        """Release `handle` with this function of the CUDA runtime, now or later."""
-        self._finalizer = weakref.finalize(self, _release, getattr(self._runtime, function), function, handle)
+        """Release `handle` with this function of the CUDA runtime, now or later, on the device that is current now."""
+        free = getattr(self._runtime, function)
+        self._finalizer = weakref.finalize(self, _release, free, function, handle, current_device_number())
 
     @property
     def is_closed(self) -> bool:
@@ -125,10 +160,17 @@ class _Owned:
 
 
 class Stream(_Owned):
-    """A queue of work on the device; it does not wait for the default stream."""
+    """A queue of work on the device; it does not wait for the default stream.
+
+    Attributes:
+        device: number of the device it was made on.
+        in_use: held by who puts work into it, since a capture records what comes from anybody.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.device = current_device_number()
+        self.in_use = threading.Lock()
         flags = self._runtime.cudaStreamNonBlocking
         self.raw = check(self._runtime.cudaStreamCreateWithFlags(flags), "cudaStreamCreateWithFlags")
         self._own("cudaStreamDestroy", self.raw)
@@ -309,10 +351,11 @@ def _end_capture(runtime: Any, stream: Stream) -> Any:
         raise
 
 
-def _release(free: Callable[..., tuple[Any, ...]], function: str, handle: tuple[Any, ...]) -> None:
+def _release(free: Callable[..., tuple[Any, ...]], function: str, handle: tuple[Any, ...], device: int) -> None:
     """Give back; what fails here has failed before, or the process ends: there is nobody to tell."""
     try:
-        check(free(*handle), function)
+        with on_device(device):
+            check(free(*handle), function)
     except Exception as error:
         _log.debug("%s: %s", function, error)
 

@@ -108,7 +108,7 @@ def _coloured(picture: NDArray[np.uint8], labels: NDArray[np.int16], count: int,
         rows = slice(top, top + rows_per_strip)
         strip, label = picture[rows], labels[rows]
         chosen = label + np.int32(0)
-        np.copyto(chosen, count + label, where=inner[rows])  # a line's colours stand behind those of the fills
+        np.copyto(chosen, chosen + count, where=inner[rows])  # a line's colours stand behind those of the fills
         chosen *= 256
         chosen += _grey(strip)
         painted = paints.take(chosen, mode="clip").view(np.uint8).reshape(*label.shape, 4)  # background is overwritten

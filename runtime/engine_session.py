@@ -1,7 +1,8 @@
 """One TensorRT engine made ready to run: deserialised, its tensors bound by name, its work captured as CUDA graphs.
 
 Who owns what: an engine is shared by all sessions of the process that run the same file, from any thread. A session has
-execution contexts of its own, runs on one stream, and belongs to the thread that first runs it.
+execution contexts of its own and runs on one stream. Any thread may use it, but only one thread at a time uses sessions
+of one stream: TensorRT forbids to enqueue a context twice at once, and a capture records what any thread enqueues.
 
 It ran on the simulator only (tests/tensorrt_simulator), for TensorRT 10.3, 10.13, 10.16 and 11.4; no GPU was at hand.
 """
@@ -12,7 +13,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,8 @@ from .cuda_memory import (
     capture_graph,
     copy_to_device,
     copy_to_host,
+    current_device_number,
+    on_device,
 )
 from .engines import DeviceIdentity, EngineFile, import_tensorrt, read_engine_bytes
 from .errors import BackendError, EngineMismatchError, InputError, TclkitError
@@ -98,7 +101,7 @@ class LoadedEngine:
 
 
 def load_engine(file: EngineFile, *, device: DeviceIdentity, remedy: str) -> LoadedEngine:
-    """Deserialise an engine, or return the one that this process has already.
+    """Deserialise an engine on the current device, or return the one that this process has there already.
 
     Args:
         file: from `find_engine`; its bytes are compared with the side-car first.
@@ -108,10 +111,10 @@ def load_engine(file: EngineFile, *, device: DeviceIdentity, remedy: str) -> Loa
     Raises:
         BundleError: the file is damaged.
         EngineMismatchError: TensorRT refuses it.
-        BackendError: tensorrt is not installed.
+        BackendError: tensorrt or cuda-python is not installed.
     """
     tensorrt = import_tensorrt()
-    key = (file.record.engine_sha256, id(tensorrt))
+    key = (file.record.engine_sha256, id(tensorrt), current_device_number())
     with _LOADING:
         loaded = _LOADED.get(key)
         if loaded is None:
@@ -119,7 +122,7 @@ def load_engine(file: EngineFile, *, device: DeviceIdentity, remedy: str) -> Loa
         return loaded
 
 
-_LOADED: "weakref.WeakValueDictionary[tuple[str, int], LoadedEngine]" = weakref.WeakValueDictionary()
+_LOADED: "weakref.WeakValueDictionary[tuple[str, int, int], LoadedEngine]" = weakref.WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
@@ -156,8 +159,11 @@ class EngineSession:
     with the others, as NVIDIA advises: a graph holds state of its context. Where capture fails, one line is logged and
     work is queued plainly from then on.
 
+    Threads may use it one after another; use by two at once is refused. It runs on the stream's device, whichever is
+    current in the thread that uses it.
+
     Args:
-        loaded: the engine.
+        loaded: the engine, on the stream's device.
         stream: where it runs; several sessions may share it.
         capture: False queues everything plainly.
 
@@ -170,13 +176,12 @@ class EngineSession:
         self._tensors = loaded.tensors
         self._stream = stream
         self._captures = capture
-        self._owner: threading.Thread | None = None
         self._seen: collections.OrderedDict[_Bindings, None] = collections.OrderedDict()
-        self._held = _Held(loaded=loaded, stream=stream)
-        self._finalizer = weakref.finalize(self, _release, self._held)
-        size_bytes = int(loaded.engine.device_memory_size_v2)
-        self._held.scratch.reserve(size_bytes)
-        self._held.context = self._make_context()
+        with on_device(stream.device):
+            self._held = _Held(loaded=loaded, stream=stream)
+            self._finalizer = weakref.finalize(self, _release, self._held)
+            self._held.scratch.reserve(int(loaded.engine.device_memory_size_v2))
+            self._held.context = self._make_context()
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -206,9 +211,14 @@ class EngineSession:
         Raises:
             InputError: an input is missing, of the wrong dtype, or of a shape that the engine was not built for.
             BackendError: TensorRT or CUDA refuses the work.
-            TclkitError: another thread uses the session, or it is closed.
+            TclkitError: another thread uses the session or its stream just now, or it is closed.
         """
-        self._check_use()
+        with self._alone():
+            return self._run(inputs, outputs or {})
+
+    def _run(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceTensor], outputs: Mapping[str, DeviceBuffer]
+    ) -> dict[str, DeviceTensor]:
         self._check_inputs(inputs)
         self._held.uploads.synchronize()  # the last run's inputs have left pinned memory
         addresses = {
@@ -220,7 +230,7 @@ class EngineSession:
         results = {}
         for name, shape in self._output_shapes(input_shapes).items():
             dtype = self._tensors[name].dtype
-            buffer = _buffer(self._held.device, name) if outputs is None or name not in outputs else outputs[name]
+            buffer = outputs[name] if name in outputs else _buffer(self._held.device, name)
             buffer.reserve(_size_bytes(shape, dtype))
             addresses[name] = buffer.address
             results[name] = DeviceTensor(address=buffer.address, shape=shape, dtype=dtype)
@@ -232,18 +242,22 @@ class EngineSession:
 
         Raises:
             BackendError: that work failed.
-            TclkitError: another thread uses the session, or it is closed.
+            TclkitError: another thread uses the session or its stream just now, or it is closed.
         """
-        self._check_use()
-        staging = self._held.download
-        staging.reserve(tensor.size_bytes)
-        copy_to_host(staging, tensor.address, tensor.size_bytes, self._stream)
-        self._stream.synchronize()
-        return staging.view(tensor.shape, tensor.dtype).copy()
+        with self._alone():
+            staging = self._held.download
+            staging.reserve(tensor.size_bytes)
+            copy_to_host(staging, tensor.address, tensor.size_bytes, self._stream)
+            self._stream.synchronize()
+            return staging.view(tensor.shape, tensor.dtype).copy()
 
     def close(self) -> None:
-        """Release graphs, contexts, the share of the engine and buffers, in this order; a second call does nothing."""
-        self._finalizer()
+        """Release graphs, contexts, the share of the engine and buffers, in this order; a second call does nothing.
+
+        It waits for the thread that uses the stream just now.
+        """
+        with self._stream.in_use:
+            self._finalizer()
 
     def __enter__(self) -> "EngineSession":
         return self
@@ -253,18 +267,25 @@ class EngineSession:
     ) -> None:
         self.close()
 
-    def _check_use(self) -> None:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Use the stream as the only thread, on its device: a context runs only where the engine's device is current.
+
+        Source: TensorRT's developer guide, on several GPUs.
+        """
         name = self._file.path.name
-        if not self._finalizer.alive or self._stream.is_closed:
-            raise TclkitError(f"the session of {name} is closed, or its stream is")
-        current = threading.current_thread()
-        if self._owner is None:
-            self._owner = current
-        elif self._owner is not current:
+        if not self._stream.in_use.acquire(blocking=False):
             raise TclkitError(
-                f"the session of {name} belongs to the thread {self._owner.name!r}, but {current.name!r} uses it. Open "
-                "a Segmenter in each thread: they share the engine"
+                f"the session of {name}, or another of its stream, is used by another thread just now. Use them one "
+                "after another, or open a Segmenter in each thread: they share the engine"
             )
+        try:
+            if not self._finalizer.alive or self._stream.is_closed:
+                raise TclkitError(f"the session of {name} is closed, or its stream is")
+            with on_device(self._stream.device):
+                yield
+        finally:
+            self._stream.in_use.release()
 
     def _check_inputs(self, inputs: Mapping[str, NDArray[Any] | DeviceTensor]) -> None:
         engine = self._file.path.name
@@ -419,6 +440,11 @@ class _Held:
 
 
 def _release(held: _Held) -> None:
+    with contextlib.suppress(BackendError), on_device(held.stream.device):
+        _release_here(held)
+
+
+def _release_here(held: _Held) -> None:
     if not held.stream.is_closed:
         with contextlib.suppress(BackendError):  # what failed was told when it did
             held.stream.synchronize()

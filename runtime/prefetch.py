@@ -30,9 +30,14 @@ class _Finished:
 
 
 class _Stage:
-    """What one thread has made: messages, and room for as many as it may be ahead."""
+    """What one thread has made: messages, and room for as many as it may be ahead.
+
+    Attributes:
+        takes: whether it waits for room or for its source, rather than prepares.
+    """
 
     def __init__(self, ahead: int) -> None:
+        self.takes = True
         self._messages: queue.SimpleQueue[_Ready[Any] | _Failed | _Finished] = queue.SimpleQueue()
         self._room = threading.Semaphore(ahead)
         self._is_stopped = False
@@ -49,7 +54,9 @@ class _Stage:
                     return
                 if self._is_stopped:
                     return
+                self.takes = False
                 self._messages.put(_Ready(prepare(item)))
+                self.takes = True
         except BaseException as error:
             self._messages.put(_Failed(error))
 
@@ -90,7 +97,8 @@ def prefetched(
 
     Every thread is at most `ahead` items ahead of what takes from it. Items are taken from `items` by the first thread.
     An exception of `items` or a function is raised here, after all that came before it. Closing the generator ends the
-    threads and waits for them, unless `items` itself does not return. A function that may wait should be woken first.
+    threads and waits for them, however long a function runs; only where `items` itself does not return for a while, its
+    thread is left to itself, with a warning. A function that may wait for the caller should be woken first.
 
     Args:
         items: what to prepare.
@@ -112,7 +120,11 @@ def prefetched(
     finally:
         for stage in stages:
             stage.stop()
-        for thread in threads:
-            thread.join(_JOIN_SECONDS)
-        if any(thread.is_alive() for thread in threads):
+        first, *others = threads
+        first.join(_JOIN_SECONDS)
+        if first.is_alive() and stages[0].takes:  # it has no room to wait for any more
             logger.warning("the source of frames has not answered for %.0f s and was left to itself", _JOIN_SECONDS)
+        else:
+            first.join()
+        for thread in others:
+            thread.join()

@@ -42,7 +42,7 @@ def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) 
         text_encoder_hash: `Bundle.text_encoder_hash` of the model the prompts are for; None does not compare.
 
     Raises:
-        InputError: no such file, not a prompt bank, damaged, or made with another text encoder.
+        InputError: no such file, not a prompt bank, damaged, with a name twice, or made with another text encoder.
     """
     arrays = _read_arrays(Path(path))
     if str(arrays["format"]) != _FORMAT or arrays["names"].ndim != 1:
@@ -58,7 +58,7 @@ def load_prompt_bank(path: str | Path, *, text_encoder_hash: str | None = None) 
     try:
         return PromptSet(names=tuple(str(name) for name in arrays["names"]), embeddings=arrays["embeddings"], key=key)
     except InputError as error:
-        raise InputError(f"the prompt bank {path} is damaged: {error}") from error
+        raise InputError(f"the prompt bank {path} is damaged, or was made wrongly: {error}") from error
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

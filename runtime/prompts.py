@@ -14,6 +14,7 @@ The rule, for a prompt after cleaning:
 Only 3 is in the published protocol; 1 and 2 keep prompts good English ("a photo of a a dog" is not).
 """
 
+import collections
 import itertools
 import re
 import unicodedata
@@ -69,7 +70,7 @@ _RELATIVE = re.compile(r" (?:that|which|who|whose|where|when|while|as) ")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptSet:
-    """Prompts with their embeddings, ready to be compared with features.
+    """Prompts with their embeddings, ready to be compared with features; each name once, for results go by names.
 
     names: the N prompts as the user wrote them, white space tidied.
     embeddings: (N, D) float32, of unit length; read-only, for Segmenters remember it. A writable array is copied.
@@ -86,6 +87,10 @@ class PromptSet:
             raise InputError("embeddings should be a float32 array of shape (N, D)")
         if len(array) != len(self.names) or not self.names:
             raise InputError(f"{len(self.names)} names for {len(array)} embeddings; give one name each, at least one")
+        repeated = [name for name, count in collections.Counter(self.names).items() if count > 1]
+        if repeated:
+            message = f"the name {shortened(repeated[0])!r} stands for two prompts or more. Name each thing once"
+            raise InputError(message, name=repeated[0])
         if not np.isfinite(array).all() or np.abs(np.linalg.norm(array, axis=1) - 1).max() > 1e-3:
             raise InputError("embeddings should be finite and of unit length")
         if array.flags.writeable:

@@ -27,6 +27,7 @@ _FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+_LARGEST_SIDES = {"JPEG": 65500, "WEBP": 16383}  # pixels, of libjpeg and libwebp
 _SMALLEST_REGION = 1e-4
 
 
@@ -269,6 +270,11 @@ def _region_dict(region: "Region", polygons: bool) -> dict[str, Any]:
 def _write_image(image_hwc: NDArray[np.uint8], path: Path, image_format: str) -> None:
     from PIL import Image
 
+    height, width = image_hwc.shape[:2]
+    most = _LARGEST_SIDES.get(image_format, max(height, width))
+    if max(height, width) > most:
+        message = f"{path} cannot be written: {image_format} holds at most {most} pixels a side, found {width}x{height}"
+        raise InputError(f"{message}; use .png", path=str(path))
     try:
         with atomic_file(path) as temporary:
             if image_format == "PNG":
@@ -277,7 +283,7 @@ def _write_image(image_hwc: NDArray[np.uint8], path: Path, image_format: str) ->
                 Image.fromarray(image_hwc).save(temporary, image_format, quality=92)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}", path=str(path)) from error
-    except ValueError as error:  # WebP and JPEG have a largest size
+    except ValueError as error:  # BMP has a largest size
         raise InputError(f"{path} cannot be written as {image_format}: {error}; use .png", path=str(path)) from error
 
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Prompts = PromptSet | Sequence[str]
 _REMEMBERED_PROMPT_SETS = 16
+_LOCK_SECONDS = 0.1  # between two looks whether a stream that waits for the backend was closed
 _BOUND_MARGIN = 1e-4  # far above what rounding does to a mean, far below what a threshold can tell
 
 
@@ -48,6 +49,8 @@ class ImageFeatures:
         features: of each run of the image graph, one window or several.
         timings_ms: what making them took.
         smaller: the same at the bundle's smaller sizes, for a Segmenter that takes the mean over scales.
+        windows_per_run: of the Segmenter that made them: windows in one of `features`, at most.
+        flip: of the Segmenter that made them: each of `features` holds its windows mirrored as well.
     """
 
     image_hwc: NDArray[np.uint8]
@@ -56,6 +59,8 @@ class ImageFeatures:
     features: tuple[Features, ...]
     timings_ms: dict[str, float]
     smaller: tuple["ImageFeatures", ...] = ()
+    windows_per_run: int = 1
+    flip: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,10 +94,10 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Asked:
-    """Prompts of one call: the first `count` were named, the others are contrast."""
+    """Prompts of one call: the first were named, the others are contrast, which may have the same names."""
 
-    every: PromptSet
-    count: int
+    names: tuple[str, ...]
+    embeddings: NDArray[np.float32]  # (N, D), of all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -128,6 +133,7 @@ class _Seen:
     plan: FitPlan
     inputs: tuple[NDArray[np.uint8], ...]
     features: Iterable[Features]
+    windows_per_run: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -146,6 +152,10 @@ class _LookedAt:
     first: _Run | None
 
 
+def _nothing() -> None:
+    """Call back where nobody waits for it."""
+
+
 class Segmenter:
     """Finds the pixels that words name.
 
@@ -154,7 +164,7 @@ class Segmenter:
         result = segmenter(image_hwc, prompts)
         result.save_overlay("overlay.png")
 
-    A Segmenter belongs to the thread that first uses it; other threads open their own.
+    A Segmenter belongs to the thread that first uses it; other threads open their own. Any thread may close it.
     """
 
     def __init__(
@@ -253,8 +263,12 @@ class Segmenter:
         return Stats(**self._counters, timings_ms=dict(self._total_ms))
 
     def close(self) -> None:
-        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does."""
-        self.backend.close()
+        """Release the backend: sessions, engines, device memory. Without it they go when the Segmenter does.
+
+        It waits for the image graph that a stream runs just now; a stream goes on as far as the backend lets it.
+        """
+        with self._backend_lock:
+            self.backend.close()
 
     def __enter__(self) -> "Segmenter":
         return self
@@ -348,6 +362,8 @@ class Segmenter:
                 inputs=fitted.inputs,
                 features=tuple(self._window_features(fitted.inputs, timings)),
                 timings_ms=timings,
+                windows_per_run=self.windows_per_run,
+                flip=self.flip,
             )
             for fitted in prepared.fitted
         ]
@@ -365,12 +381,18 @@ class Segmenter:
         pamr: bool = False,
         contrast: Prompts | None = None,
     ) -> Segmentation:
-        """Segment an image whose features are there; arguments and errors as in a call."""
+        """Segment an image whose features are there; arguments and errors as in a call.
+
+        They may come from another Segmenter of the model.
+
+        Raises:
+            InputError: also where that one looked at the mirrored image and this one does not, or the other way round.
+        """
         options = self._options(threshold, background, kp_w, pamr)
         asked = self._asked(prompts, contrast)
         timings = dict(features.timings_ms)
-        seen = _seen(features)
-        fitted = self._fitted_masks(seen, asked.every, options, timings)
+        seen = self._seen(features)
+        fitted = self._fitted_masks(seen, asked.embeddings, options, timings)
         return self._labelled(features.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
     def masks(
@@ -379,10 +401,13 @@ class Segmenter:
         """Soft masks of an image whose features are there: (N, H, W) float32 in [0, 1] at image size.
 
         With `pamr` every mask is refined, also those of prompts that no pixel is labelled with.
+
+        Raises:
+            InputError: as `segment`.
         """
         options = replace(self._options(None, True, kp_w, pamr), floor=None)
-        prompt_set = self._prompt_set(prompts)
-        fitted = self._fitted_masks(_seen(features), prompt_set, options, {})
+        text_ND = self._prompt_set(prompts).embeddings
+        fitted = self._fitted_masks(self._seen(features), text_ND, options, {})
         return resize_masks(fitted.array(), features.plan.source_size)
 
     def stream(
@@ -402,13 +427,14 @@ class Segmenter:
         Two threads run ahead. The first takes a frame, copies it, so that a camera may use its buffer again, and
         resizes it. The second runs the image graph, of several windows the first run. While the caller has frame i, the
         image graph runs on frame i + 1 and frame i + 2 is fetched and resized; no frame beyond it is taken. The rest,
-        which is comparing with the prompts, PAMR and labelling, is done in the caller's thread when it asks for the
-        next result, so prompts may change until then. The backend is never used by two threads at once: the image graph
-        starts on a frame when the frame before it was compared, and a call of this Segmenter from within the loop waits
-        until the graph has run.
+        which is further windows and scales, comparing with the prompts, PAMR and labelling, is done in the caller's
+        thread when it asks for the next result, so prompts may change until then. The backend is never used by two
+        threads at once: the image graph starts on a frame when the frame before it was compared with the prompts, so
+        that it runs during PAMR and labelling too, and a call of this Segmenter from within the loop waits for the
+        graph where it runs already.
 
         What `frames` raises is raised here, after the results of the frames before it. Closing the generator ends the
-        threads.
+        threads: it waits for the image graph, and up to 5 s for `frames`, which is then left to itself with a warning.
 
         Args:
             frames: images as in a call; a generator will do.
@@ -417,6 +443,11 @@ class Segmenter:
 
         Yields:
             One Segmentation a frame, in order.
+
+        Raises:
+            InputError: as a call: a bad prompt or option at once, an image when its turn comes.
+            BackendError: the model could not be run.
+            TclkitError: the Segmenter was closed meanwhile, and its backend does not open again.
         """
         options = self._options(threshold, background, kp_w, pamr)
         contrast = None if contrast is None else self._prompt_set(contrast)
@@ -432,7 +463,7 @@ class Segmenter:
 
         def look(prepared: _Prepared) -> _LookedAt:
             turn.acquire()
-            return _LookedAt(prepared=prepared, first=None if is_closed.is_set() else self._first_run(prepared))
+            return _LookedAt(prepared=prepared, first=self._first_run(prepared, is_closed))
 
         looked_at = prefetched(frames, lambda frame: self._prepare(check_image(frame).copy(), fit), look)
         try:
@@ -443,12 +474,22 @@ class Segmenter:
             turn.release()  # the thread may wait for it
             looked_at.close()
 
-    def _first_run(self, prepared: _Prepared) -> _Run:
-        """Run the image graph on the first windows of an image; counts nothing, since `stream` does it in a thread."""
-        start = time.perf_counter()
-        windows = next(iter(self._runs(prepared.fitted[0].inputs)))
-        features = self._image_features(windows)
-        return _Run(features=features, elapsed_ms=_elapsed_ms(start))
+    def _first_run(self, prepared: _Prepared, is_closed: threading.Event) -> _Run | None:
+        """Run the image graph on the first windows of an image; counts nothing, since `stream` does it in a thread.
+
+        None where the stream is closed before the backend is free: who closes it waits for this thread, and may hold
+        the backend itself, where the garbage collector closes a stream that was forgotten.
+        """
+        windows = next(_runs(prepared.fitted[0].inputs, self.windows_per_run))
+        while not is_closed.is_set():
+            if self._backend_lock.acquire(timeout=_LOCK_SECONDS):
+                try:
+                    start = time.perf_counter()
+                    features = self.backend.image_features(self._batch(windows))
+                    return _Run(features=features, elapsed_ms=_elapsed_ms(start))
+                finally:
+                    self._backend_lock.release()
+        return None
 
     def _prepare(self, image_hwc: NDArray[np.uint8], fit: str) -> _Prepared:
         """Resize and cut; touches nothing of the Segmenter that changes, so that `stream` may do it in its thread."""
@@ -470,7 +511,7 @@ class Segmenter:
         options: _Options,
         *,
         first: _Run | None = None,
-        compared: Callable[[], None] = lambda: None,
+        compared: Callable[[], None] = _nothing,
     ) -> Segmentation:
         """Segment a prepared image.
 
@@ -479,7 +520,7 @@ class Segmenter:
             asked: prompts.
             options: how masks become labels.
             first: run of the image graph at the first scale, where it was made already.
-            compared: called when the backend is not needed any more.
+            compared: called when the backend is not needed any more: before masks are refined, joined and resized.
         """
         self._check_thread()
         timings = {"preprocess": prepared.preprocess_ms}
@@ -489,11 +530,11 @@ class Segmenter:
                 plan=one.plan,
                 inputs=one.inputs,
                 features=self._window_features(one.inputs, timings, first if index == 0 else None),
+                windows_per_run=self.windows_per_run,
             )
             for index, one in enumerate(prepared.fitted)
         ]
-        fitted = self._fitted_masks(seen, asked.every, options, timings)
-        compared()
+        fitted = self._fitted_masks(seen, asked.embeddings, options, timings, compared)
         self._counters["images"] += 1
         return self._labelled(prepared.image_hwc, [one.plan for one in seen], fitted, asked, options, timings)
 
@@ -501,7 +542,7 @@ class Segmenter:
         self, inputs: Sequence[NDArray[np.uint8]], timings: dict[str, float], first: _Run | None = None
     ) -> Iterator[Features]:
         """Features run by run of the image graph, so that those of many windows need not be held."""
-        for number, windows in enumerate(self._runs(inputs)):
+        for number, windows in enumerate(_runs(inputs, self.windows_per_run)):
             if number == 0 and first is not None:
                 run = first
             else:
@@ -512,60 +553,91 @@ class Segmenter:
             yield run.features
 
     def _image_features(self, windows: Sequence[NDArray[np.uint8]]) -> Features:
-        images = windows[0][None] if len(windows) == 1 else np.stack(windows)
-        if self.flip:
-            images = np.concatenate([images, images[:, :, ::-1]])
         with self._backend_lock:
-            return self.backend.image_features(images)
+            return self.backend.image_features(self._batch(windows))
 
-    def _runs(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterator[Sequence[NDArray[np.uint8]]]:
-        """Windows that go through the image graph together."""
-        for start in range(0, len(inputs), self.windows_per_run):
-            yield inputs[start : start + self.windows_per_run]
+    def _batch(self, windows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Windows as the image graph takes them: (B, h, w, 3), with flip 2 B of them, the mirrored ones last."""
+        images = windows[0][None] if len(windows) == 1 else np.stack(windows)
+        return np.concatenate([images, images[:, :, ::-1]]) if self.flip else images
 
     def _fitted_masks(
-        self, seen: Sequence[_Seen], prompts: PromptSet, options: _Options, timings: dict[str, float]
+        self,
+        seen: Sequence[_Seen],
+        text_ND: NDArray[np.float32],
+        options: _Options,
+        timings: dict[str, float],
+        compared: Callable[[], None] = _nothing,
     ) -> FittedMasks:
         """N soft masks at the size the model saw the image; the mean over scales at the finest's."""
-        scales = [self._all_window_masks(one, prompts, options, timings) for one in seen]
+        scales = [
+            self._all_window_masks(one, text_ND, options, timings, compared if one is seen[-1] else _nothing)
+            for one in seen
+        ]
         if options.pamr:
             scales = self._all_refined([list(windows) for windows in scales], options, timings)
         joined = (
-            one.plan.join((self._checked(window.masks) for window in windows), len(prompts))
+            one.plan.join((self._checked(window.masks) for window in windows), len(text_ND))
             for one, windows in zip(seen, scales, strict=True)
         )
         return _mean_over_scales(joined, len(seen))
 
     def _all_window_masks(
-        self, seen: _Seen, prompts: PromptSet, options: _Options, timings: dict[str, float]
+        self,
+        seen: _Seen,
+        text_ND: NDArray[np.float32],
+        options: _Options,
+        timings: dict[str, float],
+        compared: Callable[[], None],
     ) -> Iterator[_WindowMasks]:
-        for run, run_features in zip(self._runs(seen.inputs), seen.features, strict=True):
-            yield from self._window_masks(run_features, run, prompts, options, timings)
+        """Masks of one window after the other; `compared` is called when those of the last run are there."""
+        runs = list(_runs(seen.inputs, seen.windows_per_run))
+        for number, (windows, features) in enumerate(zip(runs, seen.features, strict=True), start=1):
+            masks = self._window_masks(features, windows, text_ND, options, timings)
+            if number == len(runs):
+                compared()
+            yield from masks
 
     def _window_masks(
         self,
         features: Features,
         windows: Sequence[NDArray[np.uint8]],
-        prompts: PromptSet,
+        text_ND: NDArray[np.float32],
         options: _Options,
         timings: dict[str, float],
-    ) -> Iterator[_WindowMasks]:
-        """Masks on the mask grid, of one window of a run after the other; mixed unless PAMR comes in between."""
+    ) -> list[_WindowMasks]:
+        """Masks on the mask grid, of every window of a run; mixed unless PAMR comes in between."""
         with self._timed("masks", timings):
-            masks_BNhw = self._head(features, prompts, 0.0 if options.pamr else options.kp_w)
-            kp_BNhw = self._head(features, prompts, 1.0) if options.pamr and options.kp_w > 0 else None
-        for index, window_hwc in enumerate(windows):
-            kp = None if kp_BNhw is None else kp_BNhw[index]
-            yield _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=kp)
+            masks_BNhw = self._head(features, text_ND, 0.0 if options.pamr else options.kp_w)
+            kp_BNhw = self._head(features, text_ND, 1.0) if options.pamr and options.kp_w > 0 else None
+        return [
+            _WindowMasks(window_hwc=window_hwc, masks=masks_BNhw[index], kp=None if kp_BNhw is None else kp_BNhw[index])
+            for index, window_hwc in enumerate(windows)
+        ]
 
-    def _head(self, features: Features, prompts: PromptSet, kp_w: float) -> NDArray[np.float32]:
+    def _head(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """(B, N, h, w) float32 masks of B windows; of 2 B inputs the second half is the windows mirrored."""
         with self._backend_lock:
-            masks_BNhw = self.backend.masks(features, prompts.embeddings, kp_w)
+            masks_BNhw = self.backend.masks(features, text_ND, kp_w)
         if not self.flip:
             return masks_BNhw
         straight, mirrored = np.split(masks_BNhw, 2)
         return np.asarray((straight + mirrored[..., ::-1]) * np.float32(0.5))
+
+    def _seen(self, features: ImageFeatures) -> list[_Seen]:
+        """The fits of an image whose features are there, the finest first."""
+        if features.flip != self.flip:
+            made, wanted = ("with" if flip else "without" for flip in (features.flip, self.flip))
+            raise InputError(
+                f"these features were made {made} the mirrored image, but this Segmenter works {wanted} it. Make them "
+                f"with this one: segmenter.features(image), or open one with flip={features.flip}",
+                expected=self.flip,
+                found=features.flip,
+            )
+        return [
+            _Seen(plan=one.plan, inputs=one.inputs, features=one.features, windows_per_run=one.windows_per_run)
+            for one in (features, *features.smaller)
+        ]
 
     def _all_refined(
         self, scales: Sequence[Sequence[_WindowMasks]], options: _Options, timings: dict[str, float]
@@ -616,12 +688,12 @@ class Segmenter:
     ) -> Segmentation:
         with self._timed("labels", timings):
             label_map = labels_from_masks(fitted, plans[0].source_size, options.threshold)
-            if asked.count < len(asked.every):
-                label_map = without_contrast(label_map, asked.count)
+            if len(asked.names) < len(asked.embeddings):
+                label_map = without_contrast(label_map, len(asked.names))
         return segmentation_from_masks(
             image_hwc,
-            asked.every.names[: asked.count],
-            fitted.first(asked.count),
+            asked.names,
+            fitted.first(len(asked.names)),
             options.threshold,
             label_map=label_map,
             settings={
@@ -657,14 +729,9 @@ class Segmenter:
     def _asked(self, prompts: Prompts, contrast: Prompts | None) -> _Asked:
         named = self._prompt_set(prompts)
         if contrast is None or not len(contrast):
-            return _Asked(every=named, count=len(named))
+            return _Asked(names=named.names, embeddings=named.embeddings)
         more = self._prompt_set(contrast)
-        every = PromptSet(
-            names=(*named.names, *more.names),
-            embeddings=np.concatenate([named.embeddings, more.embeddings]),
-            key=named.key,
-        )
-        return _Asked(every=every, count=len(named))
+        return _Asked(names=named.names, embeddings=np.concatenate([named.embeddings, more.embeddings]))
 
     def _prompt_set(self, prompts: Prompts) -> PromptSet:
         if not isinstance(prompts, PromptSet):
@@ -725,8 +792,10 @@ class Segmenter:
         self._total_ms[stage] += elapsed_ms
 
 
-def _seen(features: ImageFeatures) -> list[_Seen]:
-    return [_Seen(plan=one.plan, inputs=one.inputs, features=one.features) for one in (features, *features.smaller)]
+def _runs(inputs: Sequence[NDArray[np.uint8]], windows_per_run: int) -> Iterator[Sequence[NDArray[np.uint8]]]:
+    """Windows that go through the image graph together."""
+    for start in range(0, len(inputs), windows_per_run):
+        yield inputs[start : start + windows_per_run]
 
 
 def _mean_over_scales(joined: Iterator[FittedMasks], count: int) -> FittedMasks:

@@ -7,7 +7,9 @@ It ran on the simulator only (tests/tensorrt_simulator), for TensorRT 10.3, 10.1
 """
 
 import collections
+import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +34,8 @@ class TensorRTBackend:
     """Runs a bundle's engines; see `Backend`. Make it with `open_tensorrt`.
 
     Batches above the engine's are run in parts. More prompts than the engine takes are refused, not run in parts: the
-    engine is to be built for what is asked of it.
+    engine is to be built for what is asked of it. Any thread may use it: calls wait for each other. It stays on the
+    device that was current when it was opened.
 
     Args:
         bundle: an opened bundle.
@@ -61,6 +64,7 @@ class TensorRTBackend:
         self._sizes: dict[Size, _Size] = {}
         self._texts: OnnxRuntimeBackend | None = None
         self._is_closed = False
+        self._lock = threading.RLock()  # one stream; and what a run has made is overwritten by the next
         try:
             for size, files in found.engines.items():
                 image, masks = (load_engine(file, device=found.device, remedy=self._remedy) for file in files)
@@ -72,17 +76,17 @@ class TensorRTBackend:
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> "DeviceFeatures":
         """Run the image engine of the images' size; see `Backend.image_features`."""
-        self._check_open()
-        size = check_images(self._bundle, images_BHWC, self._loaded)
-        part = self._opened(size)
-        most = part.image.tensors["image"].largest[0]
-        chunks = []
-        for start in range(0, len(images_BHWC), most):
-            buffers = part.pool.take()
-            tensors = part.image.run({"image": images_BHWC[start : start + most]}, buffers)
-            chunks.append(_Chunk(tensors, buffers, part.pool))
-        self._stream.synchronize()
-        return DeviceFeatures(self, size, tuple(chunks))
+        with self._alone():
+            size = check_images(self._bundle, images_BHWC, self._loaded)
+            part = self._opened(size)
+            most = part.image.tensors["image"].largest[0]
+            chunks = []
+            for start in range(0, len(images_BHWC), most):
+                buffers = part.pool.take()
+                tensors = part.image.run({"image": images_BHWC[start : start + most]}, buffers)
+                chunks.append(_Chunk(tensors, buffers, part.pool))
+            self._stream.synchronize()
+            return DeviceFeatures(self, size, tuple(chunks))
 
     def masks(self, features: Features, text_ND: NDArray[np.float32], kp_w: float) -> NDArray[np.float32]:
         """Compare features with text embeddings; see `Backend.masks`.
@@ -92,45 +96,45 @@ class TensorRTBackend:
         Raises:
             BackendError: more prompts than the engine was built for; names the number and the ways out.
         """
-        self._check_open()
-        manifest = self._bundle.manifest
-        check_prompts(self._bundle, text_ND, kp_w)
-        is_own = isinstance(features, DeviceFeatures) and features.backend is self
-        size = features.size if isinstance(features, DeviceFeatures) and is_own else self._size_of(features)
-        session = self._opened(size).masks
-        self._check_prompt_count(len(text_ND), session)
-        shared: dict[str, NDArray[Any]] = {"text": text_ND}
-        if manifest.has_kp:
-            shared["kp_w"] = np.asarray(kp_w, np.float32)
-        if isinstance(features, DeviceFeatures) and is_own:
-            parts: Iterator[Mapping[str, NDArray[Any] | DeviceTensor]] = (chunk.tensors for chunk in features.chunks)
-        else:
-            parts = _host_parts(features, session.tensors["grounded"].largest[0])
-        masks = [session.to_host(session.run({**part, **shared})["masks"]) for part in parts]
-        return masks[0] if len(masks) == 1 else np.concatenate(masks)
+        with self._alone():
+            check_prompts(self._bundle, text_ND, kp_w)
+            is_own = isinstance(features, DeviceFeatures) and features.backend is self
+            size = features.size if isinstance(features, DeviceFeatures) and is_own else self._size_of(features)
+            session = self._opened(size).masks
+            self._check_prompt_count(len(text_ND), session)
+            shared: dict[str, NDArray[Any]] = {"text": text_ND}
+            if self._bundle.manifest.has_kp:
+                shared["kp_w"] = np.asarray(kp_w, np.float32)
+            if isinstance(features, DeviceFeatures) and is_own:
+                parts: Iterator[Mapping[str, NDArray[Any] | DeviceTensor]] = (one.tensors for one in features.chunks)
+            else:
+                parts = _host_parts(features, session.tensors["grounded"].largest[0])
+            masks = [session.to_host(session.run({**part, **shared})["masks"]) for part in parts]
+            return masks[0] if len(masks) == 1 else np.concatenate(masks)
 
     def encode_text(self, token_ids_ML: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run the text graph, on the CPU with ONNX Runtime; see `Backend.encode_text`."""
-        self._check_open()
-        if self._texts is None:
-            self._texts = OnnxRuntimeBackend(self._bundle, precision=self.precision, threads=self._threads)
-        return self._texts.encode_text(token_ids_ML)
+        with self._alone():
+            if self._texts is None:
+                self._texts = OnnxRuntimeBackend(self._bundle, precision=self.precision, threads=self._threads)
+            return self._texts.encode_text(token_ids_ML)
 
     def to_host(self, size: Size, tensor: DeviceTensor) -> NDArray[Any]:
         """Copy an array that an engine of this image size has made from the device."""
-        self._check_open()
-        return self._opened(size).image.to_host(tensor)
+        with self._alone():
+            return self._opened(size).image.to_host(tensor)
 
     def close(self) -> None:
         """Release engines, buffers and the stream; features that are still held give theirs back when they go."""
-        self._is_closed = True
-        for part in self._sizes.values():
-            part.close()
-        self._sizes.clear()
-        self._loaded.clear()
-        self._stream.close()
-        if self._texts is not None:
-            self._texts.close()
+        with self._lock:
+            self._is_closed = True
+            for part in self._sizes.values():
+                part.close()
+            self._sizes.clear()
+            self._loaded.clear()
+            self._stream.close()
+            if self._texts is not None:
+                self._texts.close()
 
     def _opened(self, size: Size) -> "_Size":
         """Sessions of one image size, made when they are first needed."""
@@ -180,9 +184,13 @@ class TensorRTBackend:
                 message = f"{loaded.file.path} should have the {what} {_named(expected)}, found {_named(found)}"
                 raise BundleError(f"{message}. {self._remedy}", file=loaded.file.path.name)
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise TclkitError(f"the TensorRT backend of {self._bundle.name} is closed")
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for the other threads, and keep them waiting; refuse to go on where it is closed."""
+        with self._lock:
+            if self._is_closed:
+                raise TclkitError(f"the TensorRT backend of {self._bundle.name} is closed")
+            yield
 
 
 class DeviceFeatures:
@@ -252,8 +260,9 @@ _Buffers = dict[str, DeviceBuffer]
 class _Pool:
     """Device buffers for the outputs of one engine, lent to features.
 
-    Taking and closing is the backend's thread's; giving back is anybody's, for the garbage collector calls it, at any
-    time: it only puts the buffers aside, because to free memory during a graph's capture would spoil the capture.
+    Taking and closing is for who holds the backend's lock; giving back is anybody's, for the garbage collector calls
+    it, at any time: it only puts the buffers aside, because to free memory during a graph's capture would spoil the
+    capture.
     """
 
     def __init__(self, names: list[str]) -> None:

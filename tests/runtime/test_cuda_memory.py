@@ -18,8 +18,10 @@ from tclkit.runtime.cuda_memory import (
     copy_to_device,
     copy_to_host,
     cuda_runtime,
+    current_device_number,
     device_count,
     device_name_and_capability,
+    on_device,
 )
 from tclkit.runtime.errors import BackendError
 
@@ -81,6 +83,20 @@ def test_events_measure(simulator: Any) -> None:
         end.record(stream)
         end.synchronize()
         assert 0 <= end.elapsed_ms(start) < 1000
+
+
+def test_the_current_device_is_set_and_left_as_it_was(tensorrt_simulator: Install) -> None:
+    tensorrt_simulator("10.3.0", device_count=2)
+    with on_device(1):
+        assert current_device_number() == 1
+        with on_device(1), on_device(0):
+            assert current_device_number() == 0
+        assert current_device_number() == 1
+    with pytest.raises(ZeroDivisionError), on_device(1):
+        print(1 / 0)
+    assert current_device_number() == 0
+    with pytest.raises(BackendError, match="cudaSetDevice failed: cudaErrorInvalidDevice"), on_device(2):
+        pass
 
 
 def test_a_captured_graph_runs_when_it_is_launched(simulator: Any) -> None:

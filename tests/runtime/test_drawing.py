@@ -89,6 +89,15 @@ def test_missing_prompts_are_listed_unless_there_are_very_many() -> None:
     assert many < few
 
 
+def test_outlines_of_very_many_prompts_have_their_colour() -> None:
+    """Twice the number of prompts does not fit the label map's 16 bits."""
+    image = np.full((64, 64, 3), 128, np.uint8)
+    label_map = np.full((64, 64), -1, np.int16)
+    label_map[8:56, 8:56] = 19_999
+    overlay = draw_overlay(image, label_map, [f"p{i}" for i in range(20_000)], opacity=0, legend=False)
+    assert tuple(overlay[8, 30]) == label_colours(20_000)[-1]
+
+
 def test_prompts_in_any_script_do_not_crash() -> None:
     image, label_map = scene(100, 100)
     draw_overlay(image, label_map, ["犬🐶", "", "\x00", "Ω" * 500, "שלום"])

@@ -284,22 +284,78 @@ def test_what_tensorrt_refuses_is_told_with_its_reason(
             session.run(feeds(prompts=8))
 
 
-def test_another_thread(session: EngineSession, feeds: Feeds) -> None:
-    masks_of(session, feeds())
+def in_a_thread(use: Callable[[], Any]) -> list[Exception]:
     errors: list[Exception] = []
 
-    def use() -> None:
+    def run() -> None:
         try:
-            session.run(feeds())
+            use()
         except TclkitError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=use, name="second")
+    thread = threading.Thread(target=run, name="second")
     thread.start()
     thread.join()
-    (error,) = errors
-    assert "belongs to the thread 'MainThread', but 'second' uses it. Open a Segmenter in each thread" in str(error)
-    masks_of(session, feeds())
+    return errors
+
+
+def test_another_thread_may_go_on_with_a_session(session: EngineSession, feeds: Feeds, expected: Expected) -> None:
+    """From plain runs over the capture to launches, each in a thread that ends afterwards."""
+    found: list[NDArray[np.float32]] = []
+    for _ in range(4):
+        assert in_a_thread(lambda: found.append(masks_of(session, feeds()))) == []
+        found.append(masks_of(session, feeds()))
+    for masks in found:
+        np.testing.assert_allclose(masks, expected(feeds()), atol=1e-5)
+    assert session.captured_graphs == 1
+
+
+def test_two_threads_at_once_are_refused(
+    bundle: Bundle, stream: Stream, session: EngineSession, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on two sessions of one stream: the work of the one would be recorded with the other's."""
+    masks = session.run(feeds())["masks"]
+    errors: list[Exception] = []
+    real = session._execute
+    with EngineSession(loaded(bundle), stream) as other:
+
+        def meanwhile(context: Any) -> None:
+            errors.extend(in_a_thread(lambda: session.run(feeds())))
+            errors.extend(in_a_thread(lambda: session.to_host(masks)))
+            errors.extend(in_a_thread(lambda: other.run(feeds())))
+            real(context)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(session, "_execute", meanwhile)
+            session.run(feeds(prompts=4))
+        assert len(errors) == 3
+        for error in errors:
+            assert "is used by another thread just now. Use them one after another, or open a Segmenter in" in str(
+                error
+            )
+        assert in_a_thread(lambda: other.run(feeds())) == []
+
+
+def test_a_session_stays_on_its_device(
+    tensorrt_simulator: Callable[..., Any], shapes_folder: Path, build_engines: Callable[..., Bundle], feeds: Feeds
+) -> None:
+    """CUDA's current device is a thread's own, and 0 in a new one; the simulator's faults fail the test."""
+    simulator = tensorrt_simulator("10.3.0", device_count=2)
+    bundle = build_engines(simulator, shapes_folder)
+    runtime = simulator.cudart
+    runtime.cudaSetDevice(1)
+    with Stream() as stream, EngineSession(loaded(bundle), stream) as session:
+        before = masks_of(session, feeds())
+        assert in_a_thread(lambda: masks_of(session, feeds(prompts=9))) == []  # more memory is taken there
+        runtime.cudaSetDevice(0)
+        for _ in range(3):
+            np.testing.assert_array_equal(masks_of(session, feeds()), before)
+        assert runtime.cudaGetDevice() == (0, 0)  # as the caller left it
+        assert {one.device for one in simulator.device.live_allocations()} == {1}
+        with Stream() as elsewhere, EngineSession(loaded(bundle), elsewhere) as other:  # an engine of its own
+            np.testing.assert_array_equal(masks_of(other, feeds()), before)
+    gc.collect()
+    assert simulator.leaks() == []
 
 
 def test_sessions_share_an_engine_and_the_last_one_lets_it_go(

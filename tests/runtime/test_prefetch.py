@@ -108,6 +108,28 @@ def test_a_source_that_blocks_is_left_and_announced(
     release.set()
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_closing_waits_for_a_function_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_first: bool
+) -> None:
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.2)
+    entered = threading.Event()
+
+    def slow(number: int) -> int:
+        if number:
+            entered.set()
+            time.sleep(0.5)
+        return number
+
+    results = prefetched([0, 1], slow, int) if is_first else prefetched([0, 1], int, slow)
+    next(results)
+    assert entered.wait(10)
+    with caplog.at_level(logging.WARNING):
+        results.close()
+    assert threads() == 0
+    assert caplog.messages == []
+
+
 def test_two_functions_run_in_two_threads_in_order() -> None:
     seen: dict[str, set[str]] = {"prepare": set(), "then": set()}
 

@@ -106,6 +106,14 @@ def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not Path("pickle-code-ran").exists()
 
 
+def test_a_name_that_stands_twice(path: Path) -> None:
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **(arrays | {"names": np.array(["a dog", "a cat", "a dog"])}))
+    with pytest.raises(InputError, match=r"prompts\.npz is .*wrongly: the name 'a dog' stands for two prompts or more"):
+        load_prompt_bank(path)
+
+
 def test_archives_of_other_things(path: Path, tmp_path: Path) -> None:
     with np.load(path) as archive:
         arrays = dict(archive)

@@ -152,6 +152,7 @@ def test_prompt_set() -> None:
         (("a", "b"), [[1.0], [1.0]], "float32 array"),
         (("a", "b"), 2 * unit(), "unit length"),
         (("a", "b"), unit() * np.float32("nan"), "finite"),
+        (("a", "b", "a"), unit(3), "the name 'a' stands for two prompts or more. Name each thing once"),
     ],
 )
 def test_a_prompt_set_that_does_not_fit(names: tuple[str, ...], embeddings: Any, message: str) -> None:

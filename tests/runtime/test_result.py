@@ -127,11 +127,18 @@ def test_areas_scores_and_masks_are_made_when_they_are_asked_for(result: Segment
     assert "soft_masks" not in vars(result)
 
 
-def test_size_that_a_format_cannot_hold(tmp_path: Path) -> None:
-    result = segmentation_from_masks(np.zeros((1, 20000, 3), np.uint8), ["a"], np.zeros((1, 1, 100), np.float32), None)
-    with pytest.raises(InputError, match=r"wide\.webp cannot be written.*"):
-        result.save_overlay(tmp_path / "wide.webp", legend=False)
+@pytest.mark.parametrize(("suffix", "most"), [(".webp", 16383), (".jpg", 65500), (".jpeg", 65500)])
+def test_size_that_a_format_cannot_hold(tmp_path: Path, suffix: str, most: int) -> None:
+    masks = np.zeros((1, 1, 100), np.float32)
+    path = tmp_path / f"wide{suffix}"
+    segmentation_from_masks(np.zeros((1, most, 3), np.uint8), ["a"], masks, None).save_overlay(path, legend=False)
+    path.unlink()
+    wider = segmentation_from_masks(np.zeros((1, most + 1, 3), np.uint8), ["a"], masks, None)
+    expected = rf"wide{suffix} cannot be written: \w+ holds at most {most} pixels a side, found {most + 1}x1; use .png"
+    with pytest.raises(InputError, match=expected):
+        wider.save_overlay(path, legend=False)
     assert list(tmp_path.iterdir()) == []
+    wider.save_overlay(tmp_path / "wide.png", legend=False)
 
 
 def test_without_a_background_every_pixel_has_a_prompt() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tclkit.runtime import segmenter as segmenter_module
 from tclkit.runtime.backends import Features
 from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitError
 from tclkit.runtime.labels import labels_from_masks
@@ -357,6 +358,9 @@ class NotedBackend:
         vectors: NDArray[np.float32] = self._noted(self.backend.encode_text, token_ids_ML)
         return vectors
 
+    def close(self) -> None:
+        self._noted(self.backend.close)
+
     def _noted(self, run: Callable[..., Any], *arguments: object) -> Any:
         self._running += 1
         self.overlapped |= self._running > 1
@@ -401,6 +405,33 @@ def test_stream_runs_the_image_graph_while_the_caller_draws(
     assert segmenter.stats.windows == 6
 
 
+@pytest.mark.parametrize("fit", ["whole", "slide"])
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("stage", ["refine_masks", "labels_from_masks"])
+def test_stream_runs_the_image_graph_while_masks_are_refined_and_labelled(
+    two_sizes: Path, paint: Callable[..., Image], monkeypatch: pytest.MonkeyPatch, fit: str, scales: bool, stage: str
+) -> None:
+    """While this frame's stage waits, the image graph runs on the next frame: the second run in the stream's thread."""
+    segmenter = Segmenter.open(two_sizes, threads=1, scales=scales)
+    segmenter.backend = noted = NotedBackend(segmenter.backend)
+    real = getattr(segmenter_module, stage)
+    runs_ahead: list[int] = []
+
+    def waiting(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 3
+        while noted.image_threads.count("tclkit-prefetch") < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        runs_ahead.append(noted.image_threads.count("tclkit-prefetch"))
+        return real(*arguments)
+
+    monkeypatch.setattr(segmenter_module, stage, waiting)
+    results = segmenter.stream([paint((100, 250), red=(0, 50, 0, 120))] * 2, NAMES, fit=fit, pamr=True)
+    next(results)
+    results.close()
+    assert set(runs_ahead) == {2}
+    assert not noted.overlapped
+
+
 def test_stream_asks_for_prompts_in_the_callers_thread_once_a_frame(segmenter: Segmenter, scene: Image) -> None:
     asked: list[str] = []
 
@@ -436,6 +467,78 @@ def test_a_stream_that_is_closed_early_leaves_no_thread(
         results.close()
         assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
         assert len(noted.image_threads) - before <= read + 1
+
+
+@pytest.fixture
+def slow_from_the_second_on(segmenter: Segmenter, noted: NotedBackend, monkeypatch: pytest.MonkeyPatch) -> NotedBackend:
+    """The image graph takes 0.5 s on all images but the first."""
+    run = noted.backend.image_features
+
+    def slow(images_BHWC: NDArray[np.uint8]) -> Features:
+        if len(noted.image_threads) > 1:
+            time.sleep(0.5)
+        features: Features = run(images_BHWC)
+        return features
+
+    monkeypatch.setattr(noted.backend, "image_features", slow)
+    return noted
+
+
+def wait_for_images(noted: NotedBackend, count: int) -> None:
+    """Until the image graph has begun on this many images."""
+    deadline = time.monotonic() + 10
+    while len(noted.image_threads) < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(noted.image_threads) == count
+
+
+def test_closing_a_stream_waits_for_the_image_graph(
+    segmenter: Segmenter,
+    slow_from_the_second_on: NotedBackend,
+    scene: Image,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("tclkit.runtime.prefetch._JOIN_SECONDS", 0.2)
+    results = segmenter.stream([scene] * 9, NAMES)
+    next(results)
+    wait_for_images(slow_from_the_second_on, 2)
+    with caplog.at_level(logging.WARNING):
+        results.close()
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+    assert caplog.messages == []
+
+
+def test_closing_the_segmenter_waits_for_the_image_graph_of_a_stream(
+    segmenter: Segmenter, slow_from_the_second_on: NotedBackend, scene: Image
+) -> None:
+    results = segmenter.stream([scene] * 9, NAMES)
+    next(results)
+    wait_for_images(slow_from_the_second_on, 2)
+    segmenter.close()
+    results.close()
+    assert not slow_from_the_second_on.overlapped
+
+
+def test_a_stream_may_be_closed_by_who_holds_the_backend(
+    segmenter: Segmenter, noted: NotedBackend, scene: Image
+) -> None:
+    """As the garbage collector does it during a call, for a stream that was forgotten in a cycle."""
+    second = threading.Event()
+
+    def camera() -> Iterator[Image]:
+        yield scene
+        second.wait(10)
+        yield scene
+
+    results = segmenter.stream(camera(), NAMES)
+    next(results)
+    with segmenter._backend_lock:
+        second.set()
+        time.sleep(0.05)  # the thread comes to wait for the backend
+        results.close()
+    assert all(thread.name != "tclkit-prefetch" for thread in threading.enumerate())
+    assert len(noted.image_threads) == 1
 
 
 def test_an_image_that_the_model_cannot_run_comes_after_those_before_it(
@@ -573,6 +676,34 @@ def test_flip_takes_the_mean_of_the_image_and_its_mirror_image(
     assert (result.label_map[10:38, 14:56] == 0).mean() > 0.9
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_of_a_segmenter_that_flips_otherwise(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], flip: bool
+) -> None:
+    maker, other = (Segmenter.open(tiny_bundle_folder, threads=1, flip=one) for one in (flip, not flip))
+    features = maker.features(paint((64, 96), red=(0, 32, 0, 16)))
+    words = ("with", "without") if flip else ("without", "with")
+    message = rf"made {words[0]} the mirrored .* works {words[1]} it\. Make them .*features\(image\), .* flip={flip}"
+    with pytest.raises(InputError, match=message):
+        other.segment(features, NAMES)
+    with pytest.raises(InputError, match=message):
+        other.masks(features, NAMES)
+
+
+@pytest.mark.parametrize("pamr", [False, True])
+def test_features_of_a_segmenter_that_takes_other_windows_at_once(
+    tiny_bundle_folder: Path, paint: Callable[..., Image], pamr: bool
+) -> None:
+    image = paint((80, 230), red=(0, 40, 0, 100), blue=(30, 80, 130, 230))
+    one, three = (Segmenter.open(tiny_bundle_folder, threads=1, windows_per_run=count) for count in (1, 3))
+    wanted = one(image, NAMES, fit="slide", pamr=pamr)
+    for maker, other in ((one, three), (three, one)):
+        features = maker.features(image, fit="slide")
+        result = other.segment(features, NAMES, pamr=pamr)
+        np.testing.assert_array_equal(result.label_map, wanted.label_map)
+        np.testing.assert_array_equal(other.masks(features, NAMES), maker.masks(features, NAMES))
+
+
 @pytest.fixture
 def two_sizes(write_tiny_bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A bundle with a square graph in two sizes, and a wide one in a single size."""
@@ -673,6 +804,12 @@ def test_pixels_of_contrast_prompts_are_background(segmenter: Segmenter, scene: 
     np.testing.assert_array_equal(asked_later.label_map, result.label_map)
     (streamed,) = segmenter.stream([scene], ["red"], kp_w=0, contrast=["green", "blue"], pamr=pamr)
     np.testing.assert_array_equal(streamed.label_map, result.label_map)
+
+
+def test_a_contrast_prompt_that_was_named_too_takes_nothing_away(segmenter: Segmenter, scene: Image) -> None:
+    plain = segmenter(scene, ["red", "green"], kp_w=0)
+    result = segmenter(scene, ["red", "green"], kp_w=0, contrast=["green", "blue"])
+    np.testing.assert_array_equal(result.label_map, plain.label_map)
 
 
 def test_contrast_decides_where_a_threshold_cannot(segmenter: Segmenter, scene: Image) -> None:

@@ -5,7 +5,8 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tclkit.runtime.backends import HostFeatures, choose_backend
 from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BackendError, BundleError, EngineMismatchError, InputError, TclkitError
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from tclkit.runtime.result import Segmentation
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.tensorrt_backend import TensorRTBackend, open_tensorrt
 
@@ -253,19 +255,101 @@ def in_a_thread(use: Callable[[], Any]) -> list[Exception]:
     return errors
 
 
-def test_one_backend_in_two_threads(bundle: Bundle, random_images: Images, random_texts: Texts) -> None:
+def test_one_backend_in_one_thread_after_another(bundle: Bundle, random_images: Images, random_texts: Texts) -> None:
     backend = open_tensorrt(bundle)
     features = backend.image_features(random_images(1))
-    backend.masks(features, random_texts(1), 0.1)
+    masks = backend.masks(features, random_texts(1), 0.1)
     for use in (
         lambda: backend.image_features(random_images(1)),
-        lambda: backend.masks(features, random_texts(1), 0.1),
+        lambda: np.testing.assert_array_equal(backend.masks(features, random_texts(1), 0.1), masks),
         lambda: features.grounded,
+        lambda: backend.encode_text(np.ones((1, 3), np.int64)),
     ):
-        (error,) = in_a_thread(use)
-        assert "belongs to the thread 'MainThread', but 'second' uses it" in str(error)
+        assert in_a_thread(use) == []
+    np.testing.assert_array_equal(backend.masks(features, random_texts(1), 0.1), masks)
     assert in_a_thread(lambda: open_tensorrt(bundle).image_features(random_images(1))) == []
+    assert in_a_thread(backend.close) == []
+
+
+def test_threads_that_use_one_backend_at_once_wait_for_each_other(
+    bundle: Bundle, random_images: Images, random_texts: Texts
+) -> None:
+    backend, texts = open_tensorrt(bundle), random_texts(3)
+    wanted = [reference(bundle).image_features(random_images(1, seed)).grounded for seed in range(2)]
+    errors: list[BaseException] = []
+
+    def use(seed: int) -> None:
+        try:
+            for _ in range(6):
+                features = backend.image_features(random_images(1, seed))
+                backend.masks(features, texts[: seed + 1], 0.1)
+                np.testing.assert_allclose(features.grounded, wanted[seed], atol=1e-5)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     backend.close()
+    assert errors == []
+
+
+def labels_of(results: Iterable[Segmentation]) -> list[NDArray[np.int16]]:
+    return [result.label_map for result in results]
+
+
+def test_streams_and_calls_of_one_segmenter(bundle: Bundle, random_images: Images) -> None:
+    """Each stream runs the image engine in a thread of its own, which ends with it."""
+    image_hwc, names = random_images(1)[0], ["red circle", "blue star"]
+    wide_hwc = np.concatenate(random_images(3, 1), axis=1)[:, :340]
+    with Segmenter.open(bundle.folder, backend="onnxruntime") as other:
+        wanted, wanted_wide = other(image_hwc, names).label_map, other(wide_hwc, names, fit="slide").label_map
+    with Segmenter.open(bundle.folder, backend="tensorrt") as segmenter:
+        found = [segmenter(image_hwc, names).label_map]
+        for _ in range(2):
+            found += labels_of(segmenter.stream([image_hwc] * 3, names))
+        for result in segmenter.stream([image_hwc] * 3, names):
+            found += [result.label_map, segmenter(image_hwc, names).label_map]
+        (features,) = segmenter.features(image_hwc).features
+        for _ in segmenter.stream([image_hwc] * 3, names):
+            assert features.grounded.shape == (1, 128, 64, 64)
+        slid = list(segmenter.stream([wide_hwc] * 2, names, fit="slide"))
+        found.append(segmenter(image_hwc, names).label_map)
+    assert [result.settings["windows"] for result in slid] == [5, 5]
+    assert all((label_map == wanted).mean() > 0.999 for label_map in found)
+    assert all((label_map == wanted_wide).mean() > 0.999 for label_map in labels_of(slid))
+
+
+def test_a_segmenter_that_is_closed_during_a_stream(bundle: Bundle, random_images: Images, simulator: Any) -> None:
+    for number in range(6):
+        segmenter = Segmenter.open(bundle.folder, backend="tensorrt")
+        results = segmenter.stream([random_images(1)[0]] * 9, ["red circle"])
+        next(results)
+        time.sleep(0.003 * number)  # before, in and after the run of the image engine
+        segmenter.close()
+        with pytest.raises(TclkitError, match="the TensorRT backend of tcl-shapes is closed"):
+            list(results)
+    gc.collect()
+    assert simulator.leaks() == []
+
+
+def test_a_segmenter_stays_on_the_device_that_it_was_opened_on(
+    tensorrt_simulator: Install, shapes_folder: Path, build_engines: Build, random_images: Images
+) -> None:
+    """The first stream makes the sessions in its thread, where device 0 is the current one."""
+    simulator = tensorrt_simulator("10.3.0", device_count=2)
+    build_engines(simulator, shapes_folder)
+    simulator.cudart.cudaSetDevice(1)
+    with Segmenter.open(shapes_folder, backend="tensorrt") as segmenter:
+        for _ in range(2):
+            assert len(list(segmenter.stream([random_images(1)[0]] * 3, ["red circle"]))) == 3
+        simulator.cudart.cudaSetDevice(0)
+        segmenter(random_images(1)[0], ["red circle"])
+        assert {one.device for one in simulator.device.live_allocations()} == {1}
+    gc.collect()
+    assert simulator.leaks() == []
 
 
 def test_features_that_are_forgotten_in_another_thread(bundle: Bundle, random_images: Images, simulator: Any) -> None:

@@ -144,12 +144,13 @@ class DeviceFaultError(Exception):
 
 @dataclass
 class Allocation:
-    """Memory handed out: `kind` is "device" or "pinned"."""
+    """Memory handed out: `kind` is "device" or "pinned", `device` the number of the one that was current."""
 
     kind: str
     address: int
     size: int
     memory: np.ndarray
+    device: int
     alive: bool = True
 
 
@@ -164,6 +165,7 @@ class _Capture:
 @dataclass
 class _Stream:
     blocking: bool
+    device: int = 0
     queue: "collections.deque[Work]" = field(default_factory=collections.deque)
     queued: int = 0
     done: int = 0
@@ -172,6 +174,7 @@ class _Stream:
 
 @dataclass
 class _Event:
+    device: int = 0
     stream: _Stream | None = None
     ticket: int = 0
     captured: bool = False
@@ -190,6 +193,7 @@ class Device:
         integrated: whether it shares memory with the CPU, as on a Jetson.
         dla_cores: deep-learning accelerators beside the GPU.
         cuda_version: as 12060 for 12.6.
+        count: of such devices in the machine; memory is counted over all of them.
     """
 
     name: str
@@ -199,6 +203,7 @@ class Device:
     integrated: bool = False
     dla_cores: int = 0
     cuda_version: int = 12060
+    count: int = 1
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     broken: cudaError_t = SUCCESS
     faults: list[str] = field(default_factory=list)
@@ -208,10 +213,20 @@ class Device:
         self._allocations: dict[int, Allocation] = {}
         self._freed: list[Allocation] = []
         self._numbers = itertools.count(0x51000, 16)
+        self._thread = threading.local()
         self.streams: dict[int, _Stream] = {0: _Stream(blocking=True)}
         self.events: dict[int, _Event] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.graph_execs: dict[int, list[Work]] = {}
+
+    @property
+    def current(self) -> int:
+        """Number of the calling thread's current device: 0 until it sets another."""
+        return int(getattr(self._thread, "current", 0))
+
+    @current.setter
+    def current(self, number: int) -> None:
+        self._thread.current = number
 
     # memory
 
@@ -221,7 +236,7 @@ class Device:
             return None
         memory = np.full(size + ALIGNMENT, _GARBAGE, np.uint8)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
-        self._allocations[address] = Allocation(kind, address, size, memory)
+        self._allocations[address] = Allocation(kind, address, size, memory, self.current)
         return address
 
     def release(self, kind: str, address: int) -> bool:
@@ -325,16 +340,19 @@ class CudaRuntime:
     # device
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        return SUCCESS, 1
+        return SUCCESS, self._device.count
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
-        return (SUCCESS if _size(device) == 0 else cudaError_t.cudaErrorInvalidDevice,)
+        if _size(device) >= self._device.count:
+            return (cudaError_t.cudaErrorInvalidDevice,)
+        self._device.current = device
+        return (SUCCESS,)
 
     def cudaGetDevice(self) -> tuple[Any, ...]:
-        return SUCCESS, 0
+        return SUCCESS, self._device.current
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
-        if _size(device) != 0:
+        if _size(device) >= self._device.count:
             return cudaError_t.cudaErrorInvalidDevice, None
         return SUCCESS, cudaDeviceProp(self._device)
 
@@ -425,7 +443,7 @@ class CudaRuntime:
             return cudaError_t.cudaErrorInvalidValue, None
         with self._device.lock:
             handle = self._device.number()
-            self._device.streams[handle] = _Stream(blocking=flags == 0)
+            self._device.streams[handle] = _Stream(blocking=flags == 0, device=self._device.current)
             return SUCCESS, cudaStream_t(handle)
 
     def cudaStreamDestroy(self, stream: Any) -> tuple[Any, ...]:
@@ -476,13 +494,13 @@ class CudaRuntime:
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         with self._device.lock:
             handle = self._device.number()
-            self._device.events[handle] = _Event()
+            self._device.events[handle] = _Event(device=self._device.current)
             return SUCCESS, cudaEvent_t(handle)
 
     def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Any, ...]:
         with self._device.lock:
             found, recorded = self._device.stream(stream), self._device.events.get(int(event))
-            if found is None or recorded is None:
+            if found is None or recorded is None or found.device != recorded.device:
                 return (cudaError_t.cudaErrorInvalidResourceHandle,)
             if error := _capture_error(found):
                 return (error,)

@@ -25,6 +25,7 @@ class Simulator:
         device_name: as the driver tells it.
         dla_cores: None takes what a Jetson of this compute capability has.
         memory_bytes: device memory.
+        device_count: how many of these devices there are.
 
     Attributes:
         tensorrt, cudart: the modules.
@@ -45,6 +46,7 @@ class Simulator:
         device_name: str = "Orin",
         dla_cores: int | None = None,
         memory_bytes: int = 8 << 30,
+        device_count: int = 1,
     ) -> None:
         self.version = version
         self.major = version_numbers(version)[0]
@@ -52,6 +54,7 @@ class Simulator:
             name=device_name,
             compute_capability=compute_capability,
             memory_bytes=memory_bytes,
+            count=device_count,
             integrated=compute_capability in _INTEGRATED,
             dla_cores=_DLA_CORES.get(compute_capability, 0) if dla_cores is None else dla_cores,
             cuda_version=12060 if version.startswith("10.3.") else 13000,

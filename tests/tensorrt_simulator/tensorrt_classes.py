@@ -707,6 +707,7 @@ class ICudaEngine:
         self._outputs = {value.name: value for value in outputs}
         self._tensors = self._inputs | self._outputs
         self._session: Any = None
+        self._device = self._sim.device.current  # the engine lies there
 
     def _complain(self, text: str) -> None:
         self._sim.say(self._logger, "ERROR", text)
@@ -809,6 +810,8 @@ class ICudaEngine:
 
     def create_execution_context(self, strategy: Any = None, runtime_config: Any = None) -> Any:
         device = self._sim.device
+        if device.current != self._device:
+            device.faults.append(f"a context is made on device {device.current}, its engine lies on {self._device}")
         if strategy == self._trt.ExecutionContextAllocationStrategy.USER_MANAGED:
             context = make(self._trt.IExecutionContext, self, user_managed=True)
             self._sim.contexts.add(context)
@@ -967,6 +970,12 @@ class IExecutionContext:
         finally:
             self._enqueueing.release()
 
+    def _memory_devices(self) -> set[int]:
+        """Numbers of the devices on which the caller's memory lies."""
+        device = self._engine._sim.device
+        found = [device.find(address) for address in (self._memory, *self._addresses.values())]
+        return {one.device for one in found if one is not None}
+
     def _report(self, text: str) -> None:
         """TensorRT leaves this undefined; the simulator refuses it and remembers it."""
         self._engine._sim.device.faults.append(text)
@@ -977,6 +986,10 @@ class IExecutionContext:
         stream = device.streams.get(handle)
         if stream is None:
             self._complain(f"enqueueV3: no stream {handle:#x}")
+            return False
+        places = {self._engine._device, stream.device, device.current, *self._memory_devices()}
+        if len(places) > 1:
+            self._report("engine, stream, memory and the thread's current device are not on one device")
             return False
         if self._pending is not None:
             before, other, ticket = self._pending
