@@ -109,6 +109,8 @@ def open_bundle(name_or_path: str | Path, *, verify: bool = True) -> Bundle:
 
 def find_bundle(name_or_path: str | Path) -> Path:
     """Folder of a bundle, by path or by name; see `open_bundle`."""
+    if not isinstance(name_or_path, (str, Path)):
+        raise BundleError(f"a model is a name or a folder, found {type(name_or_path).__name__}")
     given = Path(name_or_path).expanduser()
     if not str(name_or_path).strip():
         raise BundleError("the model's name is empty. Name an installed model (tclkit info lists them) or a folder")

@@ -57,6 +57,10 @@ def load_image(
     """
     if isinstance(source, bytes):
         return _image_from_stream(io.BytesIO(source), len(source), name or "image", max_pixels)
+    if not isinstance(source, (str, Path)):
+        raise InputError(
+            f"an image file is a path or bytes, found {type(source).__name__}; arrays are used as they are"
+        )
     path = Path(source)
     label = name or str(path)
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import numbers
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -164,7 +165,8 @@ class Segmenter:
         result = segmenter(image_hwc, prompts)
         result.save_overlay("overlay.png")
 
-    A Segmenter belongs to the thread that first uses it; other threads open their own. Any thread may close it.
+    A Segmenter belongs to the thread that first uses it, until that ends; other threads open their own. Any thread may
+    close it.
     """
 
     def __init__(
@@ -719,7 +721,7 @@ class Segmenter:
         if background and threshold is None:
             threshold = manifest.thresholds.background_pamr if pamr else manifest.thresholds.background
         for name, value in (("threshold", threshold), ("kp_w", kp_w)):
-            if value is not None and not 0 <= value <= 1:
+            if value is not None and not (isinstance(value, numbers.Real) and 0 <= value <= 1):
                 raise InputError(f"{name} is a number from 0 to 1, got {value}")
         if kp_w is not None and kp_w > 0 and not manifest.has_kp:
             raise InputError(f"{self.model} was exported without the KP branch, but kp_w is {kp_w}; take kp_w 0")
@@ -773,7 +775,7 @@ class Segmenter:
 
     def _check_thread(self) -> None:
         current = threading.current_thread()
-        if self._owner is None:
+        if self._owner is None or not self._owner.is_alive():  # a thread may warm it up for another
             self._owner = current
         elif self._owner is not current:
             raise TclkitError(

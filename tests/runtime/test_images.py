@@ -3,6 +3,7 @@ import logging
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,12 @@ def assert_plain_rgb(image: NDArray[np.uint8], height: int, width: int) -> None:
     assert image.dtype == np.uint8
     assert image.flags.c_contiguous
     assert image.flags.writeable
+
+
+@pytest.mark.parametrize("source", [None, 7, np.zeros((4, 4, 3), np.uint8)])
+def test_what_is_no_file_is_refused(source: Any) -> None:
+    with pytest.raises(InputError, match="an image file is a path or bytes, found"):
+        load_image(source)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF"])

@@ -17,6 +17,7 @@ from tclkit.runtime.errors import BackendError, BundleError, InputError, TclkitE
 from tclkit.runtime.labels import labels_from_masks
 from tclkit.runtime.pamr import refine_masks, resize_with_corners
 from tclkit.runtime.prompts import PromptSet
+from tclkit.runtime.result import Segmentation
 from tclkit.runtime.segmenter import Segmenter
 from tclkit.runtime.upsample import resize_masks
 
@@ -257,6 +258,31 @@ def test_one_thread_each(segmenter: Segmenter, scene: Image) -> None:
     (error,) = errors
     assert "belongs to the thread 'MainThread', but 'second' uses it. Open one in each thread" in str(error)
     segmenter(scene, NAMES)
+
+
+def test_a_thread_that_has_ended_leaves_its_segmenter_to_others(segmenter: Segmenter, scene: Image) -> None:
+    found: list[Segmentation] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(segmenter(scene, NAMES)))
+        thread.start()
+        thread.join()
+    found.append(segmenter(scene, NAMES))
+    assert len(found) == 3
+    assert found[0].areas == found[2].areas
+
+
+@pytest.mark.parametrize("value", ["0.5", [0.5], 1 + 0j, float("nan")])
+def test_shares_are_numbers(segmenter: Segmenter, scene: Image, value: Any) -> None:
+    for name in ("threshold", "kp_w"):
+        with pytest.raises(InputError, match=f"{name} is a number from 0 to 1, got"):
+            segmenter(scene, NAMES, **{name: value})
+    assert segmenter(scene, NAMES, threshold=np.float32(0.5)).threshold == 0.5
+
+
+@pytest.mark.parametrize("model", [None, 7, b"tcl-shapes"])
+def test_a_model_is_a_name_or_a_folder(model: Any) -> None:
+    with pytest.raises(BundleError, match="a model is a name or a folder, found"):
+        Segmenter.open(model)
 
 
 def test_closing_releases_the_backend(tiny_bundle_folder: Path, scene: Image, monkeypatch: pytest.MonkeyPatch) -> None:
