@@ -105,6 +105,7 @@ def test_tiers(folder: Path, images: str) -> None:
         (graph,) = build_engine(folder, config("int8", images, tier=tier)).graphs
         shares[tier] = graph.int8_share
         assert bool(graph.sensitivities) == (tier == "auto")
+        assert (list(graph.smoothed), graph.smoothed_share) == (graph.layers, 1)
         if tier == "decoder-only":
             assert all(name.startswith("grounder.decoder.") for name in graph.layers)
     assert shares["all"] == 1
