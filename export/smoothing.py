@@ -112,12 +112,14 @@ class _Editor:
         """Fold 1/s into the value part of attention's joint projection; whether that could be done."""
         place, dot, kind = layer.name.rpartition(".")
         bias = f"{place}.qkv.bias"
-        if not dot or kind != "out" or bias not in self._values:
+        if not dot or kind != "out" or not self._owns([bias]):
             return False
-        (adder,) = self._index.readers[bias]
-        (product,) = (self._index.maker[name] for name in adder.input if name in self._index.maker)
-        weight = product.input[1]
-        if weight not in self._values or not self._owns([bias, weight]) or len(self._values[bias]) != 3 * len(s):
+        adder = self._index.readers[bias][0]
+        products = [self._index.maker[name] for name in adder.input if name in self._index.maker]
+        if adder.op_type != "Add" or len(products) != 1 or products[0].op_type != "MatMul":
+            return False
+        weight = products[0].input[1]
+        if not self._owns([weight]) or len(self._values[bias]) != 3 * len(s):
             return False
         factors = np.concatenate([np.ones(2 * len(s)), 1 / s])
         self._scale(bias, factors)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tclkit.export.graph_edit import element_types
+from tclkit.export.graph_edit import element_types, replace_weights
 from tclkit.export.graph_rules import check_graph
 from tclkit.export.half_graph import half_graph
 from tclkit.export.layers import Layer, quantizable_layers
@@ -110,7 +110,7 @@ def test_what_others_read_as_well_is_not_balanced() -> None:
     assert sum(node.op_type == "Mul" for node in smoothed.graph.node) == 1
 
 
-def test_the_decoder_of_a_new_export_is_balanced(make_model: Callable[..., TCL], tmp_path: Path) -> None:
+def test_every_layer_of_a_new_export_is_balanced(make_model: Callable[..., TCL], tmp_path: Path) -> None:
     write_image_graph(ImageGraph(make_model(), (64, 64)), tmp_path / "image.onnx")
     graph = onnx.load(tmp_path / "image.onnx")
     layers = quantizable_layers(graph)
@@ -121,7 +121,7 @@ def test_the_decoder_of_a_new_export_is_balanced(make_model: Callable[..., TCL],
         axis = input_channel_axis(graph, layer) % value.ndim
         maxima[layer.activation] = np.abs(value).max(tuple(i for i in range(value.ndim) if i != axis))
     _, balanced = smooth(graph, layers, maxima)
-    assert sum(layer.is_decoder for layer in balanced) == 4
+    assert balanced == layers
 
 
 def test_outliers_ruin_plain_int8_and_balancing_saves_it(graph: onnx.ModelProto, layers: list[Layer]) -> None:
@@ -184,6 +184,57 @@ def test_scales_mean_the_same_in_half_precision(graph: onnx.ModelProto, layers: 
     assert len(scales) == len(layers) + len({layer.activation for layer in layers})
     for values in scales:
         np.testing.assert_array_equal(values, values.astype(np.float16).astype(np.float32))
+
+
+def merged(graph: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """The graph as older exports had it: what reads one of these weights reads the first."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    for node in copy.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names[0] if name in names else name
+    replace_weights(copy, list(copy.graph.initializer))
+    return copy
+
+
+def test_weights_that_older_exports_merged_name_no_layer_and_are_left_as_they_are(
+    graph: onnx.ModelProto, layers: list[Layer]
+) -> None:
+    biases = [f"trunk.{i}.attention.qkv.bias" for i in range(3)]
+    values = numpy_helper.to_array(next(w for w in graph.graph.initializer if w.name == biases[0]))
+    model = merged(graph, biases)
+    found = quantizable_layers(model)
+    assert [layer.name for layer in found if layer.name.endswith("qkv")] == []
+    assert len({layer.name for layer in found}) == len(layers)
+    smoothed, balanced = smooth(model, found, channel_maxima(model, found))
+    left = {layer.node for layer in found} - {layer.node for layer in balanced}
+    assert left == {layer.node for layer in layers if layer.name.endswith("attention.out")}
+    kept = next(w for w in smoothed.graph.initializer if w.name == biases[0])
+    np.testing.assert_array_equal(numpy_helper.to_array(kept), values)
+    for a, b in zip(*(run(one, {"image": sample_images()}) for one in (model, smoothed)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_norm_that_older_exports_merged_names_no_projection(graph: onnx.ModelProto) -> None:
+    pairs = [["grounder.ln.weight", "kp.ln.weight"], ["grounder.ln.bias", "kp.ln.bias"]]
+    model = merged(merged(graph, pairs[0]), pairs[1])
+    assert not [layer for layer in quantizable_layers(model) if "projection" in layer.name]
+
+
+def test_one_weight_of_two_layers_is_quantised_once() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
+        helper.make_node("Mul", ["a", "one"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["y"], "second"),
+    ]
+    w = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    model = float_graph([helper.make_node("Mul", ["x", "one"], ["c"]), *nodes], {"one": np.ones(1), "w": w}, 4)
+    model.graph.node[1].input[0] = "c"
+    layers = quantizable_layers(model)
+    made = quantized_graph(model, layers, {"c": 2.0, "b": 8.0})
+    check_graph(made, where="int8")
+    x = np.random.default_rng(1).uniform(-2, 2, (5, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(made, {"x": x})[0], x @ w @ w, atol=0.3)
 
 
 def test_one_activation_of_two_layers_is_quantised_once() -> None:
