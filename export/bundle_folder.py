@@ -2,17 +2,22 @@
 
 import contextlib
 import glob
+import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tclkit.runtime.bundle import ENGINES_FOLDER, MANIFEST_NAME, Bundle
+from tclkit.runtime.bundle import ENGINES_FOLDER, MANIFEST_NAME, Bundle, read_manifest
 from tclkit.runtime.cpu_records import CPU_RECORDS_FOLDER, cpu_misfit, read_cpu_records
 from tclkit.runtime.engines import engine_misfit, read_engines
-from tclkit.runtime.errors import ExportError
+from tclkit.runtime.errors import BundleError, ExportError
 from tclkit.runtime.files import atomic_folder
+
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # of atomic_file, left by a killed run
+_log = logging.getLogger(__name__)
 
 
 def require_replaceable(out: Path) -> None:
@@ -87,7 +92,8 @@ def link_bundle(bundle: Bundle, target: Path) -> None:
     listed = {name: bundle.path(name) for name in bundle.manifest.files}
     listed[MANIFEST_NAME] = bundle.folder / MANIFEST_NAME
     for engine in read_engines(bundle):
-        if engine_misfit(bundle, engine, engine.record.device) is None:
+        misfit = engine_misfit(bundle, engine, engine.record.device)
+        if misfit is None or misfit.reason == "not trusted":  # which is asked when it is to be loaded
             for path in (engine.path, engine.path.with_suffix(".json")):
                 listed[f"{ENGINES_FOLDER}/{path.name}"] = path
     for record in read_cpu_records(bundle):
@@ -95,9 +101,55 @@ def link_bundle(bundle: Bundle, target: Path) -> None:
             name = f"{CPU_RECORDS_FOLDER}/{record.name}.json"
             listed[name] = bundle.folder / name
     for name, path in listed.items():
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), place)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(path, place)
+        _link(path.resolve(), target / name)
+
+
+def keep_other_files(out: Path, folder: Path) -> None:
+    """Give a new folder what else lies in the one that it will replace: notes, licences, engines of any machine.
+
+    To be called last, for bundle.json lists what lies in a folder when it is written. Temporary files of killed runs
+    go; so does a file whose name the new bundle needs itself, which is announced.
+
+    Args:
+        out: the folder to be replaced; it may not be there.
+        folder: takes its place.
+    """
+    if not out.is_dir():
+        return
+    listed = {MANIFEST_NAME, *_listed_files(out)}
+    for place, folders, files in os.walk(out, onerror=_raise):
+        inside = Path(place).relative_to(out)
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in folders:
+            if name not in links:
+                (folder / inside / name).mkdir(exist_ok=True)
+        for name in (*files, *links):
+            file = inside / name
+            if file.as_posix() in listed or _TEMPORARY.fullmatch(name):
+                continue
+            if not os.path.lexists(folder / file):
+                _link(out / file, folder / file)
+            elif file.parts[0] != ENGINES_FOLDER:  # there, what was built now follows what was built before
+                _log.warning("removed: %s of %s, which bundle.json did not list; the bundle has its own now", file, out)
+
+
+def _raise(error: OSError) -> None:
+    """For os.walk, which passes over what it may not read."""
+    raise error
+
+
+def _listed_files(folder: Path) -> list[str]:
+    """Names of the files of the bundle in a folder, if there is one that can be read."""
+    try:
+        return list(read_manifest(folder).files)
+    except BundleError:
+        return []
+
+
+def _link(path: Path, place: Path) -> None:
+    """Put a file in a place, as a link where links can be made; a symbolic link stays one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, place, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # another file system, or one without links
+        shutil.copy2(path, place, follow_symlinks=False)
