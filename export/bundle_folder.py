@@ -33,20 +33,41 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the place of `out` at the end; what killed runs left beside it is removed first.
 
     Raises:
-        ExportError: another process is writing `out` anew; what it or this one makes would be lost.
+        ExportError: another process is writing `out`; what it or this one makes would be lost. Or `out` holds, then or
+            at the end, what would be lost by replacing it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    with contextlib.ExitStack() as stack:
-        if out.is_dir():
-            try:
-                stack.enter_context(_locked(out))
-            except BlockingIOError as error:
-                message = f"{out} is being written by another tclkit just now. Wait until it has finished"
-                raise ExportError(message, path=str(out)) from error
+    with _writing(out):
+        _remove_leftovers(out)
         with contextlib.ExitStack() as until_renamed, atomic_folder(out) as folder:
             until_renamed.enter_context(_locked(folder))
+            require_replaceable(out)
+            was_empty = _is_empty(out)
             yield folder
+            require_replaceable(out)
+            if was_empty and not _is_empty(out):
+                raise ExportError(f"{out} was written by something else meanwhile, and is left as it is", path=str(out))
+
+
+def _is_empty(out: Path) -> bool:
+    return not out.is_dir() or not any(out.iterdir())
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Hold the lock of a bundle's folder, which need not be there: that of a file beside it.
+
+    Raises:
+        ExportError: another process holds it.
+    """
+    lock = out.with_name(f".{out.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked_file(lock))
+        except BlockingIOError as error:
+            message = f"{out} is being written by another tclkit just now. Wait until it has finished"
+            raise ExportError(message, path=str(out)) from error
+        yield
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -54,6 +75,40 @@ def _remove_leftovers(out: Path) -> None:
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         with contextlib.suppress(OSError), _locked(folder):
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path) -> Iterator[None]:
+    """Hold a lock on a file that is made for it and removed with it; a killed process leaves the file, but no lock.
+
+    Raises:
+        OSError: another process holds it (BlockingIOError), or the file cannot be made.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, handle):  # else its holder removed it between the two, and the lock is nobody's
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)  # still held: who opened it meanwhile sees that it is gone
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
