@@ -17,13 +17,14 @@ import pytest
 from onnx import numpy_helper
 
 from tclkit.export import build as build_module
+from tclkit.export import verify as verify_module
 from tclkit.export import bundle_folder, graph_rules, precision
 from tclkit.export.build import BuildConfig, build_engine
 from tclkit.export.engine_builder import EngineOptions
 from tclkit.export.gates import GateThresholds
 from tclkit.export.layers import quantizable_layers
 from tclkit.export.verify import verify_bundle
-from tclkit.runtime.bundle import open_bundle, write_manifest
+from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BundleError, ConfigError, ExportError, InputError, ParityError
 from tclkit.runtime.files import models_folder
 from tclkit.runtime.segmenter import Segmenter
@@ -479,6 +480,28 @@ def test_the_gate_asks_no_more_prompts_than_the_engine_takes(
     assert result.verdicts[0].figures.prompts == 4
     with pytest.raises(InputError, match=r"5 prompts to judge with, but the engines take 4.*--max-prompts"):
         build_engine(folder, config("fp32", None, prepare_only=False, engine=few, prompts=tuple("abcde")))
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_engines_of_another_machine_do_not_limit_verify(
+    folder: Path, tensorrt_simulator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt_simulator("10.3.0")
+    build_engine(folder, config("fp32", None, prepare_only=False, engine=EngineOptions(max_prompts=1)))
+    asked: list[int | None] = []
+    real = verify_module.embedded_prompts
+
+    def embedded(bundle: Bundle, prompts: Any, *, most: int | None) -> Any:
+        asked.append(most)
+        return real(bundle, prompts, most=most)
+
+    monkeypatch.setattr(verify_module, "embedded_prompts", embedded)
+    verify_bundle(folder)
+    tensorrt_simulator("10.13.3.9")  # another TensorRT
+    verify_bundle(folder, prompts=["red circle", "blue star"])
+    monkeypatch.setattr(verify_module, "missing_for_engines", lambda: "TensorRT is not installed here")
+    verify_bundle(folder, prompts=["red circle", "blue star"])
+    assert asked == [1, None, None]
 
 
 def test_building_needs_no_torch() -> None:
