@@ -3,8 +3,8 @@
 A channel j of a layer's input is divided by s_j where it is made and its row of the weight multiplied by s_j, with
 s_j = max|x_j|^a / max|W_j|^(1-a). It is made by a LayerNorm (whose scale and shift absorb 1/s), by attention's value
 projection (whose columns do), or by an activation function: there a product with 1/s joins the graph, for runtimes to
-fuse. Transpositions may stand between. A layer whose input is made otherwise stays as it is, and is not among those that
-`smooth` returns.
+fuse. Transpositions may stand between. A layer whose input is made otherwise stays as it is, and is not among those
+that `smooth` returns.
 
 Source: SmoothQuant (Xiao et al., ICML 2023), which folds into LayerNorms only.
 """

@@ -17,8 +17,8 @@ import pytest
 from onnx import numpy_helper
 
 from tclkit.export import build as build_module
-from tclkit.export import verify as verify_module
 from tclkit.export import bundle_folder, graph_rules, precision
+from tclkit.export import verify as verify_module
 from tclkit.export.build import BuildConfig, build_engine
 from tclkit.export.engine_builder import EngineOptions
 from tclkit.export.gates import GateThresholds

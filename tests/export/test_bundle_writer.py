@@ -382,13 +382,15 @@ def test_a_lock_whose_file_is_removed_while_it_is_waited_for_is_not_taken(
 @pytest.mark.parametrize("file", ["thesis.tex", "bundle.json"])
 def test_what_appears_in_the_target_meanwhile_is_not_replaced(tmp_path: Path, file: str) -> None:
     out = tmp_path / "b"
-    with (
-        pytest.raises(ExportError, match="holds other files|was written by something else meanwhile"),
-        bundle_folder.new_folder(out) as folder,
-    ):
-        (folder / "bundle.json").write_text("new")
-        out.mkdir()
-        (out / file).write_text("years of work")
+
+    def write() -> None:
+        with bundle_folder.new_folder(out) as folder:
+            (folder / "bundle.json").write_text("new")
+            out.mkdir()
+            (out / file).write_text("years of work")
+
+    with pytest.raises(ExportError, match=r"holds other files|was written by something else meanwhile"):
+        write()
     assert (out / file).read_text() == "years of work"
     assert siblings(out) == ["b"]
 
