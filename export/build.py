@@ -30,7 +30,7 @@ from tclkit.runtime.files import cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry, graph_precision
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
-from .bundle_folder import link_bundle, new_folder, require_replaceable, write_errors
+from .bundle_folder import keep_other_files, link_bundle, new_folder, require_replaceable, write_errors
 from .cpu_build import (
     cpu_backend,
     keep_compiled,
@@ -151,7 +151,8 @@ def build_engine(
     given; an engine is then judged against that graph, what OpenVINO makes of it against the float32 one.
 
     What processors run has its decoder rewritten, and stands beside the graph of every device. Such a graph is removed
-    when it was made from another float32 graph than the bundle has.
+    when it was made from another float32 graph than the bundle has. Engines and records of a graph that changed are
+    removed too. What else lies in the folder stays, whether or not bundle.json lists it. What goes is announced.
 
     Args:
         model: name or folder of a bundle.
@@ -201,6 +202,7 @@ def build_engine(
             elif compiles:
                 records.append(work.judge_on_cpu(folder))
             verdicts += work.verdicts
+        keep_other_files(target, folder)
         remove_outdated_engines(open_bundle(folder, verify=False))
         remove_outdated_records(open_bundle(folder, verify=False))
     if records:

@@ -4,6 +4,7 @@ What is compiled stays in the user's cache; a bundle, which travels, gets the ga
 """
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 
 from tclkit.runtime.bundle import Bundle
@@ -24,6 +25,7 @@ from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision
 from .gates import Verdict
 
 Size = tuple[int, int]
+_log = logging.getLogger(__name__)
 
 
 def missing_for_cpu() -> str | None:
@@ -91,8 +93,11 @@ def keep_compiled(bundle: Bundle, precision: str, sizes: Sequence[Size]) -> None
 
 
 def remove_outdated_records(bundle: Bundle) -> list[str]:
-    """Remove records whose graph is no longer the bundle's; returns their names."""
-    outdated = [record.name for record in read_cpu_records(bundle) if cpu_misfit(bundle, record, record.identity)]
-    for name in outdated:
-        (bundle.folder / CPU_RECORDS_FOLDER / f"{name}.json").unlink(missing_ok=True)
-    return outdated
+    """Remove records whose graph is no longer the bundle's, and say so; returns their names."""
+    misfits = {record.name: cpu_misfit(bundle, record, record.identity) for record in read_cpu_records(bundle)}
+    outdated = {name: why for name, why in misfits.items() if why}
+    for name, why in outdated.items():
+        file = f"{CPU_RECORDS_FOLDER}/{name}.json"
+        (bundle.folder / file).unlink(missing_ok=True)
+        _log.warning("removed: %s: %s", file, why)
+    return list(outdated)

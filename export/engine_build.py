@@ -136,7 +136,7 @@ def _found(bundle: Bundle, graph: str, precision: str, size: Size, device: Devic
 
 
 def remove_outdated_engines(bundle: Bundle) -> list[str]:
-    """Remove engines whose graph is no longer the bundle's; returns their names."""
+    """Remove engines whose graph is no longer the bundle's, and say so; returns their names."""
     removed = []
     for engine in read_engines(bundle):
         miss = engine_misfit(bundle, engine, engine.record.device)
@@ -144,6 +144,7 @@ def remove_outdated_engines(bundle: Bundle) -> list[str]:
             engine.path.with_suffix(".json").unlink(missing_ok=True)
             engine.path.unlink(missing_ok=True)
             removed.append(engine.path.name)
+            _log.warning("removed: %s", miss.why)
     return removed
 
 

@@ -162,13 +162,23 @@ class Gate:
         self.images = done
 
     def judge(self, candidate: Judged, *, progress: Callable[[int], None] | None = None) -> GateFigures:
-        """Compare an artefact with the reference."""
+        """Compare an artefact with the reference.
+
+        Raises:
+            ParityError: one of them has a KP branch and the other has none.
+        """
         count = len(self._text)
         shared, ours, theirs = (np.zeros(count + 1, np.int64) for _ in range(3))  # the last is background
         cosines: list[list[float]] = []
         done = 0
         for reference in self._references:
             features = candidate.image_features(reference.images)
+            if (features.kp is None) != (reference.kp is None):
+                has, lacks = ("what is judged", "the reference") if reference.kp is None else ("the reference", "it")
+                raise ParityError(
+                    f"{has} has a KP branch and {lacks} has none, so they cannot be compared. Make the graph again "
+                    "from the bundle's float32 graph: tclkit build-engine"
+                )
             masks = candidate.masks(features, self._text, self._kp_w)
             labels = self._labels(masks.argmax(1).astype(np.int16), masks.max(1))
             equal = reference.labels[labels == reference.labels]

@@ -79,12 +79,17 @@ def _channel_axis(node: NodeProto) -> int:
 
 
 def _name(node: NodeProto, index: GraphIndex) -> str:
-    """Place in the model, from the names of the weights: torch keeps those of biases and of convolutions' weights."""
-    names: Sequence[str] = [name for name in node.input[1:] if name in index.weights]
+    """Place in the model, from the names of the weights: torch keeps those of biases and of convolutions' weights.
+
+    A weight with several readers names none of them: older exports merged equal weights under the name of the first.
+    """
+    names: Sequence[str] = node.input[1:]
     readers = index.readers[node.output[0]]
     if len(readers) == 1 and readers[0].op_type == "Add":
-        names = [*names, *(name for name in readers[0].input if name in index.weights)]
+        names = [*names, *readers[0].input]
     for name in names:
+        if not _is_own(name, index):
+            continue
         place, dot, kind = name.rpartition(".")
         if dot and kind in ("weight", "bias"):
             return place
@@ -96,8 +101,14 @@ def _projection_name(node: NodeProto, index: GraphIndex) -> str | None:
     maker = index.maker.get(node.input[0])
     if maker is None or maker.op_type != "LayerNormalization":
         return None
-    norm = str(maker.input[1]).rpartition(".")[0]
-    return norm.rpartition(".")[0] + ".projection"
+    own = [str(name) for name in maker.input[1:] if _is_own(name, index)]
+    norm = own[0].rpartition(".")[0] if own else ""
+    return norm.rpartition(".")[0] + ".projection" if "." in norm else None
+
+
+def _is_own(name: str, index: GraphIndex) -> bool:
+    """Whether this is a weight with one reader."""
+    return name in index.weights and len(index.readers[name]) == 1
 
 
 def _reads_bytes(node: NodeProto, index: GraphIndex) -> bool:

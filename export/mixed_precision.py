@@ -6,11 +6,15 @@
 3. Try each block that is left once more, on top of those.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .gates import GateFigures, GateThresholds
 from .layers import Layer
+
+WORST_LOSS = 2.0
+"""Of a block that leaves features which are not finite: as if they pointed the other way."""
 
 Judge = Callable[[Sequence[Layer]], GateFigures]
 """Figures of the graph in which these layers are quantised."""
@@ -20,7 +24,8 @@ Judge = Callable[[Sequence[Layer]], GateFigures]
 class BlockSensitivity:
     """How much one block suffers from INT8.
 
-    block: its name. layers: those in it. loss: 1 - cosine of the features with it alone quantised.
+    block: its name. layers: those in it.
+    loss: 1 - cosine of the features with it alone quantised; `WORST_LOSS` where a feature was not finite.
     share: of the multiplications of all layers, in 0..1. chosen: whether it became INT8.
     """
 
@@ -65,10 +70,11 @@ def choose_layers(
     total = sum(layer.multiplications for layer in layers) or 1
     found = []
     for name, members in blocks.items():
-        loss = 1 - measured(f"sensitivity of {name}", members).features_cosine
+        cosine = measured(f"sensitivity of {name}", members).features_cosine
+        loss = 1 - cosine if math.isfinite(cosine) else WORST_LOSS
         share = sum(layer.multiplications for layer in members) / total
         found.append(BlockSensitivity(block=name, layers=tuple(members), loss=loss, share=share))
-    order = sorted(found, key=lambda one: one.loss / max(one.share, 1e-9))
+    order = sorted(found, key=lambda one: (one.loss == WORST_LOSS, one.loss / max(one.share, 1e-9)))
 
     def passes(chosen: Sequence[BlockSensitivity]) -> bool:
         choice = [layer for one in chosen for layer in one.layers]

@@ -1,5 +1,6 @@
 """The modules of wrapper.py as ONNX files that ONNX Runtime, OpenVINO and TensorRT from 10.0 on all read."""
 
+import ast
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -17,6 +18,7 @@ from tclkit.runtime.files import atomic_file
 
 from .decoder import DEFAULT_DECODER, DecoderForm
 from .decoder_graph import rewrite_decoder
+from .graph_edit import GraphIndex, replace_weights
 from .graph_rules import IR_VERSION, LARGEST_FILE_BYTES, OPSET, check_graph
 from .wrapper import ImageGraph, MasksGraph, TextGraph
 
@@ -142,11 +144,58 @@ def _exported(
             ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    _unshare_weights(model)
     _strip(model)
     return model
 
 
 _REMEDY = 'Install the versions that tclkit was tested with: pip install -U "tclkit[export]"'
+
+
+_KINDS: Mapping[str, Mapping[int, str]] = {
+    "LayerNormalization": {1: "weight", 2: "bias"},
+    "Conv": {1: "weight", 2: "bias"},
+    "Gemm": {1: "weight", 2: "bias"},
+    "MatMul": {1: "weight"},
+    "Add": {0: "bias", 1: "bias"},
+}
+"""Operator -> input -> what a module calls it."""
+
+
+def _unshare_weights(model: onnx.ModelProto) -> None:
+    """Give every module its own weights under its own name again, where torch merged equal ones.
+
+    The quantiser knows layers by these names and changes weights one by one; biases as initialised are all zero, and
+    would all be called like the first of them. onnxscript: DeduplicateInitializersPass (seen with torch 2.15), which
+    keeps the place of every node in its metadata.
+    """
+    index = GraphIndex(model)
+    copies: dict[str, TensorProto] = {}
+    shared = {
+        name: tensor
+        for name, tensor in index.weights.items()
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) and len(index.readers[name]) > 1
+    }
+    for node in model.graph.node:
+        place = _module_of(node)
+        for i, name in enumerate(node.input):
+            kind = _KINDS.get(node.op_type, {}).get(i)
+            own = f"{place}.{kind}"
+            if name not in shared or not place or kind is None or own in index.weights:
+                continue
+            if own not in copies:
+                copies[own] = TensorProto()
+                copies[own].CopyFrom(shared[name])
+                copies[own].name = own
+            node.input[i] = own
+    replace_weights(model, [*model.graph.initializer, *copies.values()])
+
+
+def _module_of(node: NodeProto) -> str:
+    """Name of the module that a node was traced in, such as "trunk.0.ln_1"; empty where torch did not say."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    names = ast.literal_eval(scopes)  # of the modules around it, then its own
+    return str(names[-2]) if len(names) > 1 else ""
 
 
 def _strip(model: onnx.ModelProto) -> None:

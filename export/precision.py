@@ -51,6 +51,7 @@ class PreparedGraph:
     model: of opset 20, strongly typed. config: how it was made.
     wide: tensors kept in float32 because of their values. layers: names of those in INT8.
     int8_share: their share of all layers' multiplications, in 0..1. sensitivities: of the search, if there was one.
+    smoothed: names of those whose channels were balanced. smoothed_share: of the INT8 layers' multiplications, in 0..1.
     """
 
     model: onnx.ModelProto
@@ -59,6 +60,8 @@ class PreparedGraph:
     layers: Sequence[str]
     int8_share: float
     sensitivities: Sequence[BlockSensitivity]
+    smoothed: Sequence[str] = ()
+    smoothed_share: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """Plain values for bundle.json."""
@@ -72,7 +75,9 @@ class PreparedGraph:
             made |= {
                 "tier": self.config.tier,
                 "range_method": self.config.range_method,
-                "smoothing": self.config.smoothing,
+                "smoothing": self.config.smoothing,  # the strength asked for; what it reached follows
+                "smoothed_layers": list(self.smoothed),
+                "smoothed_share": self.smoothed_share,
                 "int8_layers": list(self.layers),
                 "int8_share": self.int8_share,
             }
@@ -134,13 +139,13 @@ def _prepared_int8(
     if not layers:
         raise ExportError("the image graph has no layer to quantise: it is not one that tclkit export wrote")
     activations = sorted({layer.activation for layer in layers})
-    smoothed = source
+    smoothed, balanced = source, list[Layer]()
     if config.smoothing is not None:
         axes = {layer.activation: input_channel_axis(source, layer) for layer in layers}
         maxima = absolute_maxima(
             source, activations, images, channel_axis=axes, content_hash=content_hash, progress=progress
         )
-        smoothed = smooth(source, layers, maxima, strength=config.smoothing)
+        smoothed, balanced = smooth(source, layers, maxima, strength=config.smoothing)
     largest = float_tensor_maxima(smoothed, images, content_hash=content_hash, progress=progress)
     wide = wide_tensors(smoothed, largest)
     ranges = activation_ranges(
@@ -160,6 +165,7 @@ def _prepared_int8(
                 "your own kind (--calibration), or lower a threshold (--min-agreement, --min-iou, --min-cosine)"
             )
     made = finished(layers)
+    reached = [layer for layer in layers if layer in balanced]
     return PreparedGraph(
         model=made,
         config=config,
@@ -167,6 +173,8 @@ def _prepared_int8(
         layers=[layer.name for layer in layers],
         int8_share=_multiplications(layers) / max(1, _multiplications(every)),
         sensitivities=sensitivities,
+        smoothed=[layer.name for layer in reached],
+        smoothed_share=_multiplications(reached) / max(1, _multiplications(layers)),
     )
 
 

@@ -42,6 +42,7 @@ def quantized_graph(model: onnx.ModelProto, layers: Sequence[Layer], ranges: Map
     nodes: list[NodeProto] = []
     weights = list(quantized.graph.initializer)
     activations: dict[str, str] = {}
+    dequantized: dict[str, str] = {}  # weight -> the same behind its pair; older exports have layers with one weight
     for node in quantized.graph.node:
         layer = by_node.get(node.output[0])
         if layer is not None:
@@ -49,7 +50,9 @@ def quantized_graph(model: onnx.ModelProto, layers: Sequence[Layer], ranges: Map
                 scale = _activation_scale(layer, ranges)
                 activations[layer.activation] = _quantize_activation(layer.activation, scale, nodes, weights)
             node.input[0] = activations[layer.activation]
-            node.input[1] = _quantize_weight(layer, index.weight(layer.weight), nodes, weights)
+            if layer.weight not in dequantized:
+                dequantized[layer.weight] = _quantize_weight(layer, index.weight(layer.weight), nodes, weights)
+            node.input[1] = dequantized[layer.weight]
         nodes.append(node)
     replace_nodes(quantized, nodes)
     replace_weights(quantized, weights)

@@ -3,7 +3,8 @@
 A channel j of a layer's input is divided by s_j where it is made and its row of the weight multiplied by s_j, with
 s_j = max|x_j|^a / max|W_j|^(1-a). It is made by a LayerNorm (whose scale and shift absorb 1/s), by attention's value
 projection (whose columns do), or by an activation function: there a product with 1/s joins the graph, for runtimes to
-fuse.
+fuse. Transpositions may stand between. A layer whose input is made otherwise stays as it is, and is not among those
+that `smooth` returns.
 
 Source: SmoothQuant (Xiao et al., ICML 2023), which folds into LayerNorms only.
 """
@@ -36,7 +37,7 @@ def smooth(
     channel_maxima: Mapping[str, NDArray[np.float32]],
     *,
     strength: float = DEFAULT_STRENGTH,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, list[Layer]]:
     """Balance the channels of every layer's input against the rows of its weight.
 
     Args:
@@ -46,15 +47,15 @@ def smooth(
         strength: a in 0..1: 0 leaves the burden with the activations, 1 moves all of it to the weights.
 
     Returns:
-        A graph that computes the same in float32 to within rounding, with the same names.
+        A graph that computes the same in float32 to within rounding, with the same names; and the layers that were
+        balanced.
     """
     smoothed = onnx.ModelProto()
     smoothed.CopyFrom(model)
     editor = _Editor(smoothed)
-    for layer in layers:
-        editor.balance(layer, channel_maxima[layer.activation], strength)
+    balanced = [layer for layer in layers if editor.balance(layer, channel_maxima[layer.activation], strength)]
     editor.finish()
-    return smoothed
+    return smoothed, balanced
 
 
 class _Editor:
@@ -66,36 +67,59 @@ class _Editor:
             if tensor.data_type == onnx.TensorProto.FLOAT
         }
         self._changed: set[str] = set()
-        self._multiplied: dict[str, _Vector] = {}  # tensor -> 1/s for a Mul of its own
+        self._multiplied: dict[str, _Vector] = {}  # tensor -> 1/s for a Mul of its own, shaped to go with it
 
-    def balance(self, layer: Layer, channel_maxima: NDArray[np.float32], strength: float) -> None:
-        readers = self._index.readers[layer.activation]
-        maker = self._index.maker.get(layer.activation)
-        if maker is None or len(readers) != 1 or self._count_readers(layer.weight) != 1:
-            return
-        is_conv = readers[0].op_type == "Conv"
+    def balance(self, layer: Layer, channel_maxima: NDArray[np.float32], strength: float) -> bool:
+        """Balance one layer; whether that could be done."""
+        if not self._is_read_once(layer.activation) or self._count_readers(layer.weight) != 1:
+            return False
+        is_conv = self._index.maker[layer.node].op_type == "Conv"
         axis = 1 if is_conv else 1 - layer.channel_axis
         others = tuple(i for i in range(self._values[layer.weight].ndim) if i != axis)
         s = _factors(channel_maxima, np.abs(self._values[layer.weight]).max(others), strength)
-        if maker.op_type == "LayerNormalization" and self._owns(maker.input[1:3]):
+        tensor, axes_behind = self._untransposed(layer.activation, 2 if is_conv else 0)
+        maker = self._index.maker.get(tensor)
+        if maker is None:
+            return False
+        if maker.op_type == "LayerNormalization" and axes_behind == 0 and self._owns(maker.input[1:3]):
             for name in maker.input[1:3]:
                 self._scale(name, 1 / s)
         elif maker.op_type in _ELEMENTWISE:
-            self._multiplied[layer.activation] = 1 / s
+            self._multiplied[tensor] = (1 / s).reshape(-1, *[1] * axes_behind)
         elif not self._scale_values(layer, s):
-            return
+            return False
         self._scale(layer.weight, s.reshape([-1 if i == axis else 1 for i in range(self._values[layer.weight].ndim)]))
+        return True
+
+    def _untransposed(self, tensor: str, axes_behind: int) -> tuple[str, int]:
+        """What transpositions made a tensor of, and how many axes stand behind the channels there.
+
+        Args:
+            tensor: with one reader.
+            axes_behind: how many stand behind its channels.
+        """
+        maker = self._index.maker.get(tensor)
+        while maker is not None and maker.op_type == "Transpose" and self._is_read_once(maker.input[0]):
+            order = next((list(a.ints) for a in maker.attribute if a.name == "perm"), None)
+            if order is None:
+                break
+            axes_behind = len(order) - 1 - order[len(order) - 1 - axes_behind]
+            tensor = str(maker.input[0])
+            maker = self._index.maker.get(tensor)
+        return tensor, axes_behind
 
     def _scale_values(self, layer: Layer, s: _Vector) -> bool:
         """Fold 1/s into the value part of attention's joint projection; whether that could be done."""
         place, dot, kind = layer.name.rpartition(".")
         bias = f"{place}.qkv.bias"
-        if not dot or kind != "out" or bias not in self._values:
+        if not dot or kind != "out" or not self._owns([bias]):
             return False
-        (adder,) = self._index.readers[bias]
-        (product,) = (self._index.maker[name] for name in adder.input if name in self._index.maker)
-        weight = product.input[1]
-        if weight not in self._values or not self._owns([bias, weight]) or len(self._values[bias]) != 3 * len(s):
+        adder = self._index.readers[bias][0]
+        products = [self._index.maker[name] for name in adder.input if name in self._index.maker]
+        if adder.op_type != "Add" or len(products) != 1 or products[0].op_type != "MatMul":
+            return False
+        weight = products[0].input[1]
+        if not self._owns([weight]) or len(self._values[bias]) != 3 * len(s):
             return False
         factors = np.concatenate([np.ones(2 * len(s)), 1 / s])
         self._scale(bias, factors)
@@ -105,6 +129,9 @@ class _Editor:
     def _owns(self, names: Sequence[str]) -> bool:
         """Whether these are weights with one reader each, so that nobody else sees them change."""
         return all(name in self._values and self._count_readers(name) == 1 for name in names)
+
+    def _is_read_once(self, tensor: str) -> bool:
+        return self._count_readers(tensor) == 1 and tensor not in self._index.outputs
 
     def _count_readers(self, name: str) -> int:
         return len(self._index.readers[name])
@@ -125,8 +152,7 @@ class _Editor:
             if tensor not in self._multiplied:
                 continue
             factors = self._multiplied[tensor].astype(np.float32)
-            ranks_behind = 2 if self._index.readers[tensor][0].op_type == "Conv" else 0  # (C, 1, 1) for maps
-            weights.append(numpy_helper.from_array(factors.reshape(-1, *[1] * ranks_behind), f"{tensor}.smoothing"))
+            weights.append(numpy_helper.from_array(factors, f"{tensor}.smoothing"))
             # The product takes the tensor's name, so that the layer's activation is still called the same.
             node.output[0] = f"{tensor}.unsmoothed"
             nodes.append(helper.make_node("Mul", [node.output[0], f"{tensor}.smoothing"], [tensor], f"{tensor}.smooth"))

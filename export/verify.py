@@ -18,7 +18,14 @@ import onnx
 
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.cpu_records import CpuIdentity, cpu_misfit, outdated_graphs, read_cpu_records
-from tclkit.runtime.engines import DeviceIdentity, EngineMiss, current_device, find_engine, read_engines
+from tclkit.runtime.engines import (
+    DeviceIdentity,
+    EngineMiss,
+    current_device,
+    engine_misfit,
+    find_engine,
+    read_engines,
+)
 from tclkit.runtime.errors import TclkitError
 from tclkit.runtime.manifest import ImageEntry
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -132,14 +139,12 @@ def verify_bundle(
     """
     bundle = open_bundle(model)
     report = progress or _silent
-    engines = [engine.record for engine in read_engines(bundle)]
-    most = min((record.max_prompts for record in engines), default=None)
-    text_ND = embedded_prompts(bundle, prompts, most=most)
+    device, cpu = _device(), _cpu()
+    text_ND = embedded_prompts(bundle, prompts, most=_most_prompts(bundle, device))
     backend = OnnxRuntimeBackend(bundle)
     verdicts: list[Verdict] = []
     problems: dict[str, str] = {}
     not_for_here: dict[str, str] = {}
-    device, cpu = _device(), _cpu()
     for entry in bundle.manifest.images:
         size = (entry.height, entry.width)
         batches = sample_batches(bundle, size) if calibration is None else _selected(bundle, size, calibration, images)
@@ -176,6 +181,14 @@ def verify_bundle(
         problems=problems,
         not_for_here=not_for_here,
     )
+
+
+def _most_prompts(bundle: Bundle, device: DeviceIdentity | str) -> int | None:
+    """As many prompts as every engine takes that runs here; None where none does."""
+    if isinstance(device, str):
+        return None
+    fitting = [engine.record for engine in read_engines(bundle) if engine_misfit(bundle, engine, device) is None]
+    return min((record.max_prompts for record in fitting), default=None)
 
 
 class _NotBuiltError(Exception):

@@ -321,7 +321,8 @@ class _Branch(nn.Module):
         self.conv = _with_weights(conv, _double(inner.weight) * factor, _double(inner.bias) * factor)
 
     def forward(self, x_BhwC: Tensor) -> Tensor:
-        y_BChw: Tensor = self.conv(F.gelu(self.norm(x_BhwC)).permute(0, 3, 1, 2))
+        # GELU comes last: the quantiser balances channels right behind it, on the map that the convolution reads.
+        y_BChw: Tensor = self.conv(F.gelu(self.norm(x_BhwC).permute(0, 3, 1, 2)))
         return y_BChw.permute(0, 2, 3, 1)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError
+from .external_weights import has_external_weights
 from .files import atomic_file, models_folder, sha256_from_file
 from .manifest import Manifest, manifest_from_dict
 
@@ -68,7 +69,8 @@ class Bundle:
         """Compare size and SHA-256 of every listed file with bundle.json.
 
         Raises:
-            BundleError: a file is missing or differs; names the file, what was expected and what was found.
+            BundleError: a file is missing or differs; names the file, what was expected and what was found. Or a graph
+                keeps weights in other files.
         """
         for file in self.manifest.files:
             self.verify_file(file)
@@ -81,10 +83,22 @@ class Bundle:
             if size != record.size_bytes:
                 raise _damaged(path, "size", f"{record.size_bytes} bytes", f"{size} bytes")
             found = sha256_from_file(path)
+            is_whole = file not in self._graphs() or not has_external_weights(path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}", file=file) from error
         if found != record.sha256:
             raise _damaged(path, "SHA-256", record.sha256, found)
+        if not is_whole:
+            raise BundleError(
+                f"{path} keeps weights in other files, which no hash in {MANIFEST_NAME} speaks for. {_AGAIN}", file=file
+            )
+
+    def _graphs(self) -> set[str]:
+        """Names of the files that are graphs."""
+        manifest = self.manifest
+        images = [file for entry in manifest.images for file in entry.files.values()]
+        own = [graph.file for entry in manifest.images for graph in entry.processor.values()]
+        return {manifest.masks, manifest.text, *images, *own}
 
 
 def open_bundle(name_or_path: str | Path, *, verify: bool = True) -> Bundle:

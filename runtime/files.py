@@ -1,8 +1,12 @@
 """Files that are never half written, and the folders tclkit keeps its own files in."""
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
+import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +16,8 @@ from .errors import InputError
 
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_AFTER_S = 24 * 3600.0  # nobody writes a file for so long
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what network file systems say of flushing a folder
+_log = logging.getLogger(__name__)
 
 
 def models_folder() -> Path:
@@ -113,8 +119,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = _temporary_sibling(target)
     try:
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        _flush(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -124,8 +129,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path` whole, else it is removed.
 
-    An existing folder there is moved aside first and removed last: it is lost only once its successor stands. A process
-    killed between the two leaves it aside; the next call for the same path brings it back.
+    All that is in it is flushed first, so that a power cut leaves no empty file behind. An existing folder is moved
+    aside then and removed last: it is lost only once its successor stands. A process killed between the two leaves it
+    aside; the next call for the same path brings it back. If it cannot be removed, that is announced, no error.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,12 +142,46 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if target.exists():
+        _flush_folder(temporary)
+        is_replaced = target.exists()
+        if is_replaced:
             shutil.rmtree(aside, ignore_errors=True)
             target.rename(aside)
-            temporary.rename(target)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(target)
+        temporary.rename(target)
+        _flush(target.parent)
+        if is_replaced:
+            _remove_replaced(aside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_replaced(aside: Path) -> None:
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:  # its successor stands, and is whole
+        _log.warning("the replaced folder %s cannot be removed: %s. Remove it by hand", aside, error.strerror or error)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the system write a folder to its disk, and all files and folders in it; links and the like have no data."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place) / name
+            if stat.S_ISREG(path.lstat().st_mode):
+                with contextlib.suppress(PermissionError):  # none that was written now: a link to one we may not read
+                    _flush(path)
+        _flush(Path(place))
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to its disk."""
+    if sys.platform == "win32" and path.is_dir():  # which opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)

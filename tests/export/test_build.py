@@ -18,12 +18,13 @@ from onnx import numpy_helper
 
 from tclkit.export import build as build_module
 from tclkit.export import bundle_folder, graph_rules, precision
+from tclkit.export import verify as verify_module
 from tclkit.export.build import BuildConfig, build_engine
 from tclkit.export.engine_builder import EngineOptions
 from tclkit.export.gates import GateThresholds
 from tclkit.export.layers import quantizable_layers
 from tclkit.export.verify import verify_bundle
-from tclkit.runtime.bundle import open_bundle, write_manifest
+from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BundleError, ConfigError, ExportError, InputError, ParityError
 from tclkit.runtime.files import models_folder
 from tclkit.runtime.segmenter import Segmenter
@@ -105,6 +106,7 @@ def test_tiers(folder: Path, images: str) -> None:
         (graph,) = build_engine(folder, config("int8", images, tier=tier)).graphs
         shares[tier] = graph.int8_share
         assert bool(graph.sensitivities) == (tier == "auto")
+        assert (list(graph.smoothed), graph.smoothed_share) == (graph.layers, 1)
         if tier == "decoder-only":
             assert all(name.startswith("grounder.decoder.") for name in graph.layers)
     assert shares["all"] == 1
@@ -302,6 +304,51 @@ def test_only_what_the_bundle_lists_goes_into_the_new_one(folder: Path, tmp_path
     assert "secret" not in (tmp_path / "new" / "bundle.json").read_text(encoding="utf-8")
 
 
+def test_what_else_lies_in_the_folder_stays(
+    folder: Path, tmp_path: Path, tensorrt_simulator: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorrt_simulator("10.3.0")
+    options = EngineOptions(version_compatible=True)
+    build_engine(folder, config("fp32", None, prepare_only=False, engine=options))
+    (models_folder().parent / "engines-built-here.txt").unlink()  # as if somebody else had built them
+    (folder / "LICENSE.txt").write_text("weights: CC-BY")
+    (folder / "notes" / "empty").mkdir(parents=True)
+    (folder / "notes" / "day 1.md").write_text("rain")
+    (folder / "engines" / "read me.txt").write_text("mine")
+    (folder / "engines" / "damaged.json").write_text("{")
+    (folder / "link").symlink_to("notes")
+    (folder / ".bundle.json.12-0123abcd.tmp").write_text("half")
+    before = contents(folder)
+    build_engine(folder, config("fp16", None))
+    after = contents(folder)
+    assert set(before) - set(after) == {".bundle.json.12-0123abcd.tmp"}
+    assert set(after) - set(before) == {"image.fp16.onnx"}
+    assert {name for name in before if before[name] != after.get(name)} == {
+        "bundle.json",
+        ".bundle.json.12-0123abcd.tmp",
+    }
+    assert len([name for name in after if name.endswith(".engine")]) == 2
+    assert (folder / "notes" / "empty").is_dir()
+    assert (folder / "link").is_symlink()
+    assert not {"LICENSE.txt", "notes/day 1.md", "link"} & set(open_bundle(folder).manifest.files)
+    assert "removed" not in caplog.text
+
+
+def test_a_file_whose_name_a_graph_takes_is_announced(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "image.fp16.onnx").write_text("mine")
+    build_engine(folder, config("fp16", None))
+    assert f"removed: image.fp16.onnx of {folder}, which bundle.json did not list" in caplog.text
+    assert (folder / "image.fp16.onnx").stat().st_size > 1000
+
+
+def test_an_older_bundle_that_is_replaced_leaves_its_other_files(folder: Path, tmp_path: Path) -> None:
+    other = bundle_with(tmp_path / "other", None)
+    (other / "LICENSE.txt").write_text("weights: CC-BY")
+    build_engine(folder, config("fp16", None), output=other)
+    assert (other / "LICENSE.txt").read_text() == "weights: CC-BY"
+    assert "LICENSE.txt" not in open_bundle(other).manifest.files
+
+
 def test_a_search_that_finds_nothing_is_an_error(folder: Path, images: str) -> None:
     impossible = GateThresholds(label_agreement=0, mask_iou=0, features_cosine=1)
     before = contents(folder)
@@ -311,13 +358,14 @@ def test_a_search_that_finds_nothing_is_an_error(folder: Path, images: str) -> N
 
 
 def test_a_new_graph_takes_the_place_of_its_engines_too(
-    folder: Path, images: str, tensorrt_simulator: Callable[..., Any]
+    folder: Path, images: str, tensorrt_simulator: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     tensorrt_simulator("10.3.0")
     build_engine(folder, config("int8", images, prepare_only=False))
     engines = {path.name for path in (folder / "engines").glob("image-*.engine")}
     build_engine(folder, config("int8", images, tier="decoder-only"))
     assert len(engines) == 1
+    assert f"removed: {next(iter(engines))} was built from another image graph" in caplog.text
     assert not list((folder / "engines").glob("image-*"))
     assert list((folder / "engines").glob("masks-*.engine"))
 
@@ -432,6 +480,28 @@ def test_the_gate_asks_no_more_prompts_than_the_engine_takes(
     assert result.verdicts[0].figures.prompts == 4
     with pytest.raises(InputError, match=r"5 prompts to judge with, but the engines take 4.*--max-prompts"):
         build_engine(folder, config("fp32", None, prepare_only=False, engine=few, prompts=tuple("abcde")))
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_engines_of_another_machine_do_not_limit_verify(
+    folder: Path, tensorrt_simulator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt_simulator("10.3.0")
+    build_engine(folder, config("fp32", None, prepare_only=False, engine=EngineOptions(max_prompts=1)))
+    asked: list[int | None] = []
+    real = verify_module.embedded_prompts
+
+    def embedded(bundle: Bundle, prompts: Any, *, most: int | None) -> Any:
+        asked.append(most)
+        return real(bundle, prompts, most=most)
+
+    monkeypatch.setattr(verify_module, "embedded_prompts", embedded)
+    verify_bundle(folder)
+    tensorrt_simulator("10.13.3.9")  # another TensorRT
+    verify_bundle(folder, prompts=["red circle", "blue star"])
+    monkeypatch.setattr(verify_module, "missing_for_engines", lambda: "TensorRT is not installed here")
+    verify_bundle(folder, prompts=["red circle", "blue star"])
+    assert asked == [1, None, None]
 
 
 def test_building_needs_no_torch() -> None:

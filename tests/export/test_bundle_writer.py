@@ -335,6 +335,66 @@ def test_leftovers_of_killed_runs_are_removed_and_running_ones_kept(
     assert siblings(out) == [".b.2-bbbb.tmp", ".c.3-cccc.tmp", "b", "tcl.pt"]
 
 
+def test_one_writer_at_a_time_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    with bundle_folder.new_folder(out) as first:
+        (first / "bundle.json").write_text("first")
+        with (
+            pytest.raises(ExportError, match=r"b is being written by another tclkit just now"),
+            bundle_folder.new_folder(out),
+        ):
+            pytest.fail("two at once")
+        assert siblings(out) == sorted([".b.lock", first.name])
+    assert (out / "bundle.json").read_text() == "first"
+    assert siblings(out) == ["b"]  # the lock is gone
+    with pytest.raises(ZeroDivisionError), bundle_folder.new_folder(out):
+        raise ZeroDivisionError
+    assert siblings(out) == ["b"]
+
+
+def test_a_lock_file_of_a_killed_writer_locks_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".b.lock").touch()
+    with bundle_folder.new_folder(tmp_path / "b") as folder:
+        (folder / "bundle.json").write_text("new")
+    assert siblings(tmp_path / "b") == ["b"]
+
+
+def test_a_lock_whose_file_is_removed_while_it_is_waited_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, opened = tmp_path / ".b.lock", []
+    real_open = os.open
+
+    def open_and_lose(path: Any, *arguments: Any) -> int:
+        handle = real_open(path, *arguments)
+        opened.append(path)
+        if len(opened) == 1:
+            lock.unlink()  # as its holder does when it has finished
+        return handle
+
+    monkeypatch.setattr(bundle_folder.os, "open", open_and_lose)
+    with bundle_folder._locked_file(lock):
+        assert opened == [lock, lock]
+        with pytest.raises(BlockingIOError), bundle_folder._locked_file(lock):
+            pytest.fail("two at once")
+
+
+@pytest.mark.parametrize("file", ["thesis.tex", "bundle.json"])
+def test_what_appears_in_the_target_meanwhile_is_not_replaced(tmp_path: Path, file: str) -> None:
+    out = tmp_path / "b"
+
+    def write() -> None:
+        with bundle_folder.new_folder(out) as folder:
+            (folder / "bundle.json").write_text("new")
+            out.mkdir()
+            (out / file).write_text("years of work")
+
+    with pytest.raises(ExportError, match=r"holds other files|was written by something else meanwhile"):
+        write()
+    assert (out / file).read_text() == "years of work"
+    assert siblings(out) == ["b"]
+
+
 def test_an_older_bundle_that_a_killed_run_moved_aside_is_not_lost(
     tiny_checkpoint: Path, quick_graphs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

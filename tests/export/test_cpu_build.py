@@ -139,6 +139,10 @@ def test_int8_for_a_processor(int8_build: BuildResult) -> None:
     made = bundle.manifest.checks["int8"]["image.cpu.int8.onnx"]["made"]
     assert (made["decoder"], made["int8_share"]) == ("winograd4", 1)
     assert len([name for name in made["int8_layers"] if name.startswith("grounder.decoder.")]) > 100  # products
+    assert made["smoothing"] == 0.5  # as asked for, but what makes the products' input takes no factors
+    assert not [name for name in made["smoothed_layers"] if name.startswith("grounder.decoder.")]
+    assert set(made["smoothed_layers"]) < set(made["int8_layers"])
+    assert 0 < made["smoothed_share"] < 0.5
     assert labels_equal(folder, "int8") > 0.97
     with pytest.raises(BackendError, match="has no image graph in int8, only in fp32"):
         Segmenter.open(folder, backend="onnxruntime", precision="int8")

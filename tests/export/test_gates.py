@@ -16,12 +16,13 @@ SIZE, WIDTH = 4, 8
 class Painter:
     """Features that are the image's own colours, and masks that are what they say."""
 
-    def __init__(self, masks_Nhw: np.ndarray, features: np.ndarray | None = None) -> None:
-        self._masks, self._features = masks_Nhw.astype(np.float32), features
+    def __init__(self, masks_Nhw: np.ndarray, features: np.ndarray | None = None, *, with_kp: bool = False) -> None:
+        self._masks, self._features, self._with_kp = masks_Nhw.astype(np.float32), features, with_kp
 
     def image_features(self, images_BHWC: np.ndarray) -> Features:
         base = np.ones((1, WIDTH, SIZE, SIZE), np.float32) if self._features is None else self._features
-        return HostFeatures(grounded=np.repeat(base, len(images_BHWC), 0), kp=None)
+        grounded = np.repeat(base, len(images_BHWC), 0)
+        return HostFeatures(grounded=grounded, kp=grounded if self._with_kp else None)
 
     def masks(self, features: Features, text_ND: np.ndarray, kp_w: float) -> np.ndarray:
         return np.repeat(self._masks[None], len(features.grounded), 0)
@@ -65,6 +66,18 @@ def test_cosine_by_hand_and_what_is_not_finite() -> None:
     figures = gate().judge(Painter(masks_of(REFERENCE), turned))
     assert np.isnan(figures.features_cosine)
     assert figures.failures(THRESHOLDS["int8"]) == ["features_cosine"]
+
+
+@pytest.mark.parametrize("reference_has_it", [True, False])
+def test_a_branch_that_only_one_of_them_has_is_refused(reference_has_it: bool) -> None:
+    painters = {has_it: Painter(masks_of(REFERENCE), with_kp=has_it) for has_it in (True, False)}
+    images = [np.zeros((2, SIZE, SIZE, 3), np.uint8)]
+    text_ND = np.eye(3, WIDTH, dtype=np.float32)
+    judge = Gate(painters[reference_has_it], images, text_ND, kp_w=0.3, threshold=0.5).judge
+    assert judge(painters[reference_has_it]).label_agreement == 1
+    names = ("the reference", "it") if reference_has_it else ("what is judged", "the reference")
+    with pytest.raises(ParityError, match=f"{names[0]} has a KP branch and {names[1]} has none.* build-engine"):
+        judge(painters[not reference_has_it])
 
 
 def test_labels_go_without_background_where_the_reference_finds_nothing() -> None:

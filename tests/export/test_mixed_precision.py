@@ -1,12 +1,14 @@
 """The search for the most INT8 that passes."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import pytest
 
 from tclkit.export.gates import GateFigures, GateThresholds
 from tclkit.export.layers import Layer
-from tclkit.export.mixed_precision import choose_layers
+from tclkit.export.mixed_precision import WORST_LOSS, choose_layers
 
 THRESHOLDS = GateThresholds(label_agreement=0.97, mask_iou=0, features_cosine=0)
 
@@ -55,6 +57,21 @@ def test_all_blocks_that_pass_together_are_chosen_in_the_given_order() -> None:
 def test_everything_or_nothing(loss: float, expected: int) -> None:
     chosen, _ = choose_layers([layer(n) for n in LOSSES], additive_judge(dict.fromkeys(LOSSES, loss)), THRESHOLDS)
     assert len(chosen) == expected
+
+
+@pytest.mark.parametrize("spoilt", ["trunk.0.a", "trunk.2.a", "trunk.3.a"])
+def test_features_that_are_no_numbers_are_the_worst(spoilt: str) -> None:
+    sound = additive_judge(LOSSES | {spoilt: 0.0})
+
+    def judge(choice: Sequence[Layer]) -> GateFigures:
+        figures = sound(choice)
+        return dataclasses.replace(figures, features_cosine=math.nan) if spoilt in names(choice) else figures
+
+    chosen, sensitivities = choose_layers([layer(n, 1 + 10**9 * (n == spoilt)) for n in LOSSES], judge, THRESHOLDS)
+    assert (sensitivities[-1].layers[0].name, sensitivities[-1].loss) == (spoilt, WORST_LOSS)
+    assert spoilt not in names(chosen)
+    assert len(chosen) >= 2
+    assert all(math.isfinite(one.loss) for one in sensitivities)
 
 
 def test_work_counts_large_blocks_come_first() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from tclkit.export.graph_edit import GraphIndex
 from tclkit.export.graph_rules import OPERATORS, OPSET, check_graph
+from tclkit.export.layers import quantizable_layers
 from tclkit.export.onnx_graphs import write_graph, write_image_graph, write_masks_graph, write_text_graph
 from tclkit.export.wrapper import ImageGraph, MasksGraph, TextGraph
 from tclkit.runtime.errors import ExportError
-from tclkit.tcl import TCL
+from tclkit.tcl import TCL, ClipConfig, TCLConfig
 from tclkit.tcl.batches import IMAGE_MEAN, IMAGE_STD, images_to_tensor
 from tclkit.tcl.model import normalize
 
@@ -293,3 +295,39 @@ def test_a_module_that_cannot_be_exported_is_one_error_and_no_file(tmp_path: Pat
     with pytest.raises(ExportError, match=r"could not export x\.onnx: .*pip install -U"):
         write_graph(Untraceable().eval(), tmp_path / "x.onnx", {"x": torch.zeros(2)}, ["y"], ({},))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_keep_their_own_weights_and_names_where_values_are_equal(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    towers = {"vision_width": 64, "vision_layers": 3, "text_width": 16, "text_heads": 2, "text_layers": 1}
+    config = ClipConfig(embed_dim=16, image_size=32, patch_size=16, quick_gelu=False, **towers)
+    model = TCL(TCLConfig(clip=config))  # as initialised: biases 0, norms 1
+    model.grounder.open_gates(0.5)
+    write_image_graph(ImageGraph(model, (32, 48)), tmp_path / "image.onnx")
+    graph = onnx.load(tmp_path / "image.onnx")
+    index = GraphIndex(graph)
+    layers = quantizable_layers(graph)
+    names = [layer.name for layer in layers]
+    assert len(names) == len(set(names))
+    assert Counter(layer.block for layer in layers) == {
+        "trunk.0": 4,
+        "trunk.1": 4,
+        "grounder.block": 3,
+        "grounder.decoder.0": 2,
+        "grounder.decoder.1": 2,
+        "grounder.projection": 1,
+        "kp.block": 3,
+        "kp.projection": 1,
+    }
+    shared = [name for name in index.weights if name.endswith((".weight", ".bias")) and len(index.readers[name]) > 1]
+    assert shared == []
+    norms = [node for node in graph.graph.node if node.op_type == "LayerNormalization"]
+    for node in norms:
+        weight, bias = (name.rpartition(".")[0] for name in node.input[1:])
+        assert weight == bias
+    assert len({node.input[1] for node in norms}) == len(norms)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    found = onnxruntime.InferenceSession(str(tmp_path / "image.onnx")).run(None, {"image": images})
+    features = model.image_features(images_to_tensor(images))
+    for array, tensor in zip(found, (features.grounded_BDhw, features.kp_BDhw), strict=True):
+        assert np.abs(array - normalize(tensor, 1).detach().numpy()).max() < UNIT_VECTORS

@@ -1,21 +1,27 @@
 """INT8 graphs: which layers, Q/DQ pairs as every runtime reads them, and balancing that is exact in float."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tclkit.export.graph_edit import element_types
+from tclkit.export.graph_edit import element_types, replace_weights
 from tclkit.export.graph_rules import check_graph
 from tclkit.export.half_graph import half_graph
 from tclkit.export.layers import Layer, quantizable_layers
+from tclkit.export.onnx_graphs import write_image_graph
 from tclkit.export.quantized_graph import quantized_graph
 from tclkit.export.rounded_graph import rounded_graph
 from tclkit.export.smoothing import input_channel_axis, smooth
+from tclkit.export.wrapper import ImageGraph
 from tclkit.runtime.errors import ExportError
+from tclkit.tcl import TCL
 
+from .decoder_models import ADDED_LAST, ORDERS, decoder_graph
 from .precision_models import float_graph, run, sample_images, shipped_graph, with_outputs, with_weights
 
 
@@ -65,14 +71,57 @@ def test_layers_are_named_by_their_place_and_the_bytes_are_left_alone(layers: li
 
 
 def test_balancing_changes_nothing_in_float(graph: onnx.ModelProto, layers: list[Layer]) -> None:
-    smoothed = smooth(graph, layers, channel_maxima(graph, layers), strength=0.5)
+    smoothed, balanced = smooth(graph, layers, channel_maxima(graph, layers), strength=0.5)
     check_graph(smoothed, where="smoothed")
     for a, b in zip(*(run(one, {"image": sample_images()}) for one in (graph, smoothed)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     weights = {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer}
     changed = {w.name for w in smoothed.graph.initializer if (numpy_helper.to_array(w) != weights.get(w.name)).any()}
     assert {layer.weight for layer in layers} <= changed  # every layer was balanced
+    assert balanced == layers
     assert sum(node.op_type == "Mul" for node in smoothed.graph.node) == sum("gelu" in x.activation for x in layers)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_balancing_looks_through_transpositions(order: str) -> None:
+    graph = decoder_graph((5, 3), dtype=np.float32, order=order)
+    layers = quantizable_layers(graph)
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, 6, 5, 3)).astype(np.float32)}
+    values = run(with_outputs(graph, [layer.activation for layer in layers]), feeds, [x.activation for x in layers])
+    maxima = {x.activation: np.abs(value).max((0, 2, 3)) for x, value in zip(layers, values, strict=True)}
+    smoothed, balanced = smooth(graph, layers, maxima)
+    check_graph(smoothed, where="smoothed")
+    assert [layer.name for layer in balanced] == ["grounder.decoder.0.conv1.conv", "grounder.decoder.0.conv2.conv"]
+    for a, b in zip(run(graph, feeds), run(smoothed, feeds), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    outputs = [layer.activation for layer in layers]
+    found = run(with_outputs(smoothed, outputs), feeds, outputs)
+    for layer, value in zip(layers, found, strict=True):
+        assert not np.allclose(np.abs(value).max((0, 2, 3)), maxima[layer.activation], rtol=0.01)
+
+
+def test_what_others_read_as_well_is_not_balanced() -> None:
+    graph = decoder_graph((5, 3), dtype=np.float32, order=ADDED_LAST)
+    layers = quantizable_layers(graph)
+    maxima = {layer.activation: np.ones(6, np.float32) for layer in layers}
+    transposition = next(node for node in graph.graph.node if layers[0].activation in node.output)
+    smoothed, balanced = smooth(with_outputs(graph, [transposition.input[0]]), layers, maxima)
+    assert balanced == layers[1:]
+    assert sum(node.op_type == "Mul" for node in smoothed.graph.node) == 1
+
+
+def test_every_layer_of_a_new_export_is_balanced(make_model: Callable[..., TCL], tmp_path: Path) -> None:
+    write_image_graph(ImageGraph(make_model(), (64, 64)), tmp_path / "image.onnx")
+    graph = onnx.load(tmp_path / "image.onnx")
+    layers = quantizable_layers(graph)
+    feeds = {"image": np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)}
+    names = [layer.activation for layer in layers]
+    maxima = {}
+    for layer, value in zip(layers, run(with_outputs(graph, names), feeds, names), strict=True):
+        axis = input_channel_axis(graph, layer) % value.ndim
+        maxima[layer.activation] = np.abs(value).max(tuple(i for i in range(value.ndim) if i != axis))
+    _, balanced = smooth(graph, layers, maxima)
+    assert balanced == layers
 
 
 def test_outliers_ruin_plain_int8_and_balancing_saves_it(graph: onnx.ModelProto, layers: list[Layer]) -> None:
@@ -87,7 +136,7 @@ def test_outliers_ruin_plain_int8_and_balancing_saves_it(graph: onnx.ModelProto,
     planted = with_weights(graph, {name: weights[name] for name in (*maker.input[1:3], layer.weight)})
     assert mean_cosine(graph, planted) > 0.99999
     plain = quantized_graph(planted, [layer], ranges_of(planted, layers))
-    smoothed = smooth(planted, [layer], channel_maxima(planted, layers))
+    smoothed, _ = smooth(planted, [layer], channel_maxima(planted, layers))
     balanced = quantized_graph(smoothed, [layer], ranges_of(smoothed, layers))
     assert 1 - mean_cosine(graph, plain) > 20 * (1 - mean_cosine(graph, balanced))
 
@@ -96,7 +145,7 @@ def test_outliers_ruin_plain_int8_and_balancing_saves_it(graph: onnx.ModelProto,
 def test_int8_of_everything_is_close_on_the_shipped_model(
     graph: onnx.ModelProto, layers: list[Layer], halve: bool
 ) -> None:
-    smoothed = smooth(graph, layers, channel_maxima(graph, layers))
+    smoothed, _ = smooth(graph, layers, channel_maxima(graph, layers))
     quantized = quantized_graph(smoothed, layers, ranges_of(smoothed, layers))
     made = half_graph(quantized) if halve else quantized
     check_graph(made, where="int8")
@@ -135,6 +184,57 @@ def test_scales_mean_the_same_in_half_precision(graph: onnx.ModelProto, layers: 
     assert len(scales) == len(layers) + len({layer.activation for layer in layers})
     for values in scales:
         np.testing.assert_array_equal(values, values.astype(np.float16).astype(np.float32))
+
+
+def merged(graph: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """The graph as older exports had it: what reads one of these weights reads the first."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    for node in copy.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names[0] if name in names else name
+    replace_weights(copy, list(copy.graph.initializer))
+    return copy
+
+
+def test_weights_that_older_exports_merged_name_no_layer_and_are_left_as_they_are(
+    graph: onnx.ModelProto, layers: list[Layer]
+) -> None:
+    biases = [f"trunk.{i}.attention.qkv.bias" for i in range(3)]
+    values = numpy_helper.to_array(next(w for w in graph.graph.initializer if w.name == biases[0]))
+    model = merged(graph, biases)
+    found = quantizable_layers(model)
+    assert [layer.name for layer in found if layer.name.endswith("qkv")] == []
+    assert len({layer.name for layer in found}) == len(layers)
+    smoothed, balanced = smooth(model, found, channel_maxima(model, found))
+    left = {layer.node for layer in found} - {layer.node for layer in balanced}
+    assert left == {layer.node for layer in layers if layer.name.endswith("attention.out")}
+    kept = next(w for w in smoothed.graph.initializer if w.name == biases[0])
+    np.testing.assert_array_equal(numpy_helper.to_array(kept), values)
+    for a, b in zip(*(run(one, {"image": sample_images()}) for one in (model, smoothed)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_norm_that_older_exports_merged_names_no_projection(graph: onnx.ModelProto) -> None:
+    pairs = [["grounder.ln.weight", "kp.ln.weight"], ["grounder.ln.bias", "kp.ln.bias"]]
+    model = merged(merged(graph, pairs[0]), pairs[1])
+    assert not [layer for layer in quantizable_layers(model) if "projection" in layer.name]
+
+
+def test_one_weight_of_two_layers_is_quantised_once() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
+        helper.make_node("Mul", ["a", "one"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["y"], "second"),
+    ]
+    w = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    model = float_graph([helper.make_node("Mul", ["x", "one"], ["c"]), *nodes], {"one": np.ones(1), "w": w}, 4)
+    model.graph.node[1].input[0] = "c"
+    layers = quantizable_layers(model)
+    made = quantized_graph(model, layers, {"c": 2.0, "b": 8.0})
+    check_graph(made, where="int8")
+    x = np.random.default_rng(1).uniform(-2, 2, (5, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(made, {"x": x})[0], x @ w @ w, atol=0.3)
 
 
 def test_one_activation_of_two_layers_is_quantised_once() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 
 from tclkit.runtime import bundle as bundle_module
@@ -304,3 +305,20 @@ def test_text_encoder_hash_follows_what_makes_embeddings(
     assert first == same
     assert first != other
     assert len(first) == 64
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".graph"])
+def test_a_graph_that_keeps_weights_in_other_files_is_refused(folder: Path, suffix: str) -> None:
+    model = onnx.load(folder / "image.onnx")
+    tensor = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+    (folder / "unlisted.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="unlisted.bin")
+    raw = raw_manifest(folder)
+    raw["images"][0]["files"]["fp32"] = f"image{suffix}"
+    (folder / "image.onnx").unlink()
+    (folder / f"image{suffix}").write_bytes(model.SerializeToString())
+    write_manifest(folder, raw)
+    with pytest.raises(BundleError, match=rf"image\{suffix} keeps weights in other files, which no hash"):
+        open_bundle(folder)

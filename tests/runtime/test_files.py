@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,53 @@ def test_a_folder_left_aside_by_a_kill_comes_back(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert _listing(tmp_path / "bundle") == ["old.txt"]
     assert _listing(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_all_of_a_folder_is_flushed_before_it_takes_its_place(
+    tmp_path: Path, existing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    if existing:
+        target.mkdir()
+    flushed: list[tuple[int, bool]] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        is_in_place = target.is_dir() and _listing(target) != []
+        flushed.append((os.fstat(handle).st_ino, is_in_place))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(target) as temporary:
+        (temporary / "engines").mkdir()
+        (temporary / "new.txt").write_text("new")
+        (temporary / "engines" / "a.engine").write_bytes(b"a")
+        (temporary / "dead").symlink_to("nowhere")
+        os.mkfifo(temporary / "pipe")
+        written = {p.lstat().st_ino for p in (temporary, *temporary.rglob("*")) if p.is_dir() or p.is_file()}
+    assert {inode for inode, is_in_place in flushed if not is_in_place} == written
+    assert [inode for inode, is_in_place in flushed if is_in_place] == [tmp_path.stat().st_ino]
+    assert _listing(target) == ["dead", "engines", "new.txt", "pipe"]
+
+
+def test_a_replaced_folder_that_cannot_be_removed_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "bundle"
+    target.mkdir()
+    real = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == ".bundle.old" and not ignore_errors:
+            raise PermissionError(13, "Permission denied")
+        real(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with atomic_folder(target) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert _listing(target) == ["new.txt"]
+    assert f"{tmp_path / '.bundle.old'} cannot be removed: Permission denied" in caplog.text
 
 
 def test_hash_of_a_file(tmp_path: Path) -> None:
