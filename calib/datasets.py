@@ -68,7 +68,10 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Hex digest of what the figures depend on: classes, scoring, and the list of images, not their bytes."""
+        """Hex digest of what the figures depend on: classes, scoring, and the images with their truth.
+
+        Reads every label map, so ask once.
+        """
         ...
 
 
@@ -119,8 +122,25 @@ class FolderDataset:
         return Example(image_hwc=image, truth=truth, prompts={ALL_PROMPTS: None})
 
     def fingerprint(self) -> str:
-        """Hex digest of benchmark and names; see `Dataset.fingerprint`."""
-        return fingerprint_from(self.benchmark, self.fit, [sample.name for sample in self.samples])
+        """Hex digest of benchmark, names, images' sizes and label maps' bytes; see `Dataset.fingerprint`."""
+        identity = [(sample.name, _size_of(sample.image), _digest_of(sample.label)) for sample in self.samples]
+        return fingerprint_from(self.benchmark, self.fit, identity)
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none, which shows when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _digest_of(path: Path) -> str | None:
+    """Hex digest of a file's bytes; None where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def fingerprint_from(benchmark: Benchmark, fit: str, identity: object) -> str:

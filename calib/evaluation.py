@@ -5,6 +5,7 @@ the number of processes or ranks, nor an interruption changes a figure.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -146,6 +147,7 @@ class Evaluation:
     results: by precision or contender, by view.
     total: images of the data set, or of the limit.
     counted: of these, how many the figures hold.
+    from_journal: of those, how many an earlier run had counted; to_dict leaves it out, since no figure depends on it.
     left_out: (name, reason) of images that could not be used.
     pending: images that no process has come to yet; other ranks may.
     unknown_pixels: whose label names no class and is not ignored.
@@ -162,6 +164,7 @@ class Evaluation:
     results: dict[str, dict[str, ViewResult]]
     total: int
     counted: int
+    from_journal: int
     left_out: tuple[tuple[str, str], ...]
     pending: int
     unknown_pixels: int
@@ -169,7 +172,7 @@ class Evaluation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-image figures, ready for JSON; what is not a number is null."""
+        """Everything that the images decide but their own figures, ready for JSON; what is not a number is null."""
         return {
             "benchmark": self.key,
             "title": self.title,
@@ -211,7 +214,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model, or go on with an evaluation that was interrupted, or merge those of several ranks.
 
-    Images that the journals in `folder` hold are not computed again. Images that could not be used are tried again.
+    Images that the journals in `folder` hold are not computed again, as long as model, settings, data and tclkit's version
+    are the same. Images that could not be used are tried again.
 
     Args:
         dataset: the images; with several workers it is pickled.
@@ -268,7 +272,8 @@ def _evaluated(
         _run(job, segmenters, lambda done: report(done, len(indices)))
     else:
         _run_workers(job, min(share.workers, len(indices)), report)
-    return _summary(dataset, segmenters, scoring, total, read_journals(journals, key))
+    from_journal = sum(index < total for index in known)
+    return _summary(dataset, segmenters, scoring, total, read_journals(journals, key), from_journal)
 
 
 def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
@@ -306,7 +311,7 @@ def _run_key(
     dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring, identities: Mapping[str, str]
 ) -> str:
     """Digest of all that a figure depends on, and of nothing else: neither paths, nor the limit, nor workers."""
-    parts: list[Any] = [dataset.fingerprint(), asdict(scoring)]
+    parts: list[Any] = [importlib.metadata.version("tclkit"), dataset.fingerprint(), asdict(scoring)]
     for name, segmenter in segmenters.items():
         manifest = segmenter.bundle.manifest
         found = (image_file(segmenter.bundle, segmenter.backend.name, name, image.size) for image in manifest.images)
@@ -432,7 +437,12 @@ def _fields(job: _Job) -> dict[str, Any]:
 
 
 def _summary(
-    dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring, total: int, findings: Findings
+    dataset: Dataset,
+    segmenters: dict[str, Segmenter],
+    scoring: Scoring,
+    total: int,
+    findings: Findings,
+    from_journal: int,
 ) -> Evaluation:
     benchmark = dataset.benchmark
     first = next(iter(segmenters.values()))
@@ -456,6 +466,7 @@ def _summary(
         results=results,
         total=total,
         counted=len(images),
+        from_journal=from_journal,
         left_out=tuple(problems.values()),
         pending=total - len(images) - len(problems),
         unknown_pixels=int(any_counts[-1].sum()),

@@ -111,6 +111,14 @@ def test_fingerprints_tell_data_sets_apart(voc: Path) -> None:
     assert first.fingerprint() == open_benchmark("voc", voc).fingerprint()
     assert pickle.loads(pickle.dumps(first)).fingerprint() == first.fingerprint()
     assert first.fingerprint() != open_benchmark("voc20", voc).fingerprint()
+    label = voc / "SegmentationClass/2007_000042.png"
+    before, content = first.fingerprint(), label.read_bytes()
+    label.write_bytes(content[:-1] + b"x")  # of the same size
+    assert first.fingerprint() != before
+    label.unlink()
+    assert first.fingerprint() != before
+    label.write_bytes(content)
+    assert first.fingerprint() == before
     (voc / "ImageSets/Segmentation/val.txt").write_text("2007_000042\n")
     assert first.fingerprint() != open_benchmark("voc", voc).fingerprint()
 
