@@ -50,14 +50,18 @@ class _Part:
     position: dict[str, Any] | None
 
     def __iter__(self) -> Iterator[_Made]:
-        reader = PairReader(self.pairs, reader=self.reader, readers=self.readers)
-        if self.position is not None:
-            reader.position = self.position
+        try:
+            reader = PairReader(self.pairs, reader=self.reader, readers=self.readers)
+            if self.position is not None:
+                reader.position = self.position
+        except InputError as error:  # as a value: raised in a worker it would come wrapped into a traceback's text
+            yield error
+            return
         augment, stream = Augmentation(self.augmentation), iter(reader)
         while True:
             try:
                 pairs = list(itertools.islice(stream, self.batch_size))
-            except InputError as error:  # as a value: raised in a worker it would come wrapped into a traceback's text
+            except InputError as error:
                 yield error
                 return
             images = torch.stack([augment(pair.image_hwc, self._seed(pair)) for pair in pairs])

@@ -7,10 +7,13 @@ Files must be local.
 """
 
 import csv
+import hashlib
 import itertools
+import json
+import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +28,7 @@ from tclkit.runtime.tokenizer import clean_text
 
 from .parquet_pairs import PARQUET_SUFFIX, Cell, RowGroup, open_parquet
 
+_log = logging.getLogger(__name__)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXT_SUFFIX = ".txt"
 _IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "filepath", "path"), ("caption", "text", "title")
@@ -134,9 +138,13 @@ class PairReader:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as plain numbers; set it to go on there."""
+        """Where the stream stands, as plain values; set it to go on there, which needs the same files.
+
+        files: digest of each source's names and sizes. Older positions lack it and are taken unchecked, with a warning.
+        """
         states = [source.position for source in self._sources]
-        return {"number": self._number, "sources": states, "broken": dict(self.broken)}
+        files = [source.files for source in self._sources]
+        return {"number": self._number, "sources": states, "files": files, "broken": dict(self.broken)}
 
     @position.setter
     def position(self, position: Mapping[str, Any]) -> None:
@@ -145,6 +153,10 @@ class PairReader:
                 f"the position is one of {len(position['sources'])} sources, but there are {len(self._sources)}; "
                 "go on with the sources that the run began with"
             )
+        if "files" not in position:
+            _log.warning("the position does not say of which files it is: pairs are skipped and repeated if they changed")
+        for source, files in zip(self._sources, position.get("files", ()), strict=False):
+            source.check_files(files)
         self._number, self.broken = position["number"], Counter(position["broken"])
         for source, state in zip(self._sources, position["sources"], strict=True):
             source.position = list(state)
@@ -221,15 +233,24 @@ class _Source:
     """Entries of one source, epoch after epoch, each time in another seeded order.
 
     position: [epoch, first shard of the group that is being read, entries taken of it].
+    files: digest of the names and sizes of all its files, whichever reader has them.
     """
 
-    def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int]) -> None:
-        self._name, self._shards, self._seed = name, shards, seed
+    def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int], files: str) -> None:
+        self._name, self._shards, self._seed, self.files = name, shards, seed, files
         self.position = [0, 0, 0]
         self._loaded: tuple[int, int] | None = None
         self._group: list[_Entry] = []
         self._mixed = 0  # shards of the group
         self._barren = 0  # shards in a row without an entry
+
+    def check_files(self, files: str) -> None:
+        if files != self.files:
+            raise InputError(
+                f"the files of {self._name} are not those that the run was reading: names or sizes differ, so that pairs "
+                "would be skipped and repeated. Bring back the files of then, or begin anew with --resume never",
+                source=self._name,
+            )
 
     def next(self, broken: Counter[str]) -> _Entry:
         while True:
@@ -344,19 +365,33 @@ def _open_source(name: str, seed: int, reader: int, readers: int) -> _Source:
     path = Path(name)
     shards: Sequence[_Shard]
     if path.is_dir():
-        shards = [_listed(path, _entries_of_folder(path), reader, readers)]
+        entries = list(_entries_of_folder(path))
+        pieces = (piece for entry in entries for piece in (entry.image, entry.text) if isinstance(piece, _Piece))
+        files = _digest((piece.path for piece in pieces), below=path)
+        shards = [_listed(path, entries, reader, readers)]
     elif path.suffix.lower() == ".csv":
         shards = [_listed(path, _entries_of_csv(path), reader, readers)]
+        files = _digest([path])
     elif path.suffix.lower() == PARQUET_SUFFIX:
-        shards = [_Rows(group) for group in open_parquet(_paths_of(name, PARQUET_SUFFIX), reader, readers)]
+        paths = _paths_of(name, PARQUET_SUFFIX)
+        shards = [_Rows(group) for group in open_parquet(paths, reader, readers)]
+        files = _digest(paths)
     else:
-        shards = [_Tar(path) for path in _paths_of(name, SHARD_SUFFIX)[reader::readers]]
+        paths = _paths_of(name, SHARD_SUFFIX)
+        shards = [_Tar(path) for path in paths[reader::readers]]
+        files = _digest(paths)
         if not shards:
             raise InputError(
                 f"{name} has fewer shards than the {readers} readers (processes x workers); each needs one of its own. "
                 "Use fewer workers, or split the shards"
             )
-    return _Source(name, shards, (seed, reader))
+    return _Source(name, shards, (seed, reader), files)
+
+
+def _digest(paths: Iterable[Path], *, below: Path | None = None) -> str:
+    """Hex digest of files' sizes and names, which begin below a folder or are bare: a source that is moved keeps it."""
+    found = [(path.relative_to(below).as_posix() if below else path.name, path.stat().st_size) for path in paths]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _paths_of(name: str, suffix: str) -> list[Path]:
@@ -372,7 +407,7 @@ def _paths_of(name: str, suffix: str) -> list[Path]:
     return paths
 
 
-def _listed(path: Path, entries: Iterator[_Entry], reader: int, readers: int) -> _Listed:
+def _listed(path: Path, entries: Iterable[_Entry], reader: int, readers: int) -> _Listed:
     own = tuple(itertools.islice(entries, reader, None, readers))
     if not own:
         raise InputError(f"{path} has no pairs, or fewer than the {readers} readers (processes x workers)")

@@ -104,6 +104,18 @@ def test_a_position_of_other_workers_is_refused(sources, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_position_of_other_files_is_refused_in_one_line(sources, tokenizer, tmp_path, workers):
+    batches = PairBatches(sources, SMALL, tokenizer, 2, workers=workers)
+    batches.next()
+    position = batches.position
+    (tmp_path / "3.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:-512])
+    other = PairBatches(sources, SMALL, tokenizer, 2, workers=workers)
+    other.position = position
+    with pytest.raises(InputError, match=r"^the files of .* are not those that the run was reading"):
+        other.next()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_broken_pairs_are_counted_and_stop_the_run(tmp_path, tokenizer, workers):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(9):

@@ -108,6 +108,54 @@ def test_a_position_is_gone_on_from(shards, taken):
     assert other.position == pairs.position
 
 
+def test_a_position_of_other_files_is_refused(shards, tmp_path):
+    shards(2)
+    pairs = reader(tmp_path / "*.tar")
+    captions(pairs, 3)
+    write_shard(tmp_path / "b.tar", {"x": good(100)})
+    with pytest.raises(InputError, match=r"\*.tar are not those that the run was reading.*--resume never"):
+        reader(tmp_path / "*.tar").position = pairs.position
+    (tmp_path / "b.tar").unlink()
+    write_shard(tmp_path / "a-00001.tar", {f"{i}": good(i) for i in range(90)})
+    with pytest.raises(InputError, match="names or sizes differ"):
+        reader(tmp_path / "*.tar").position = pairs.position
+
+
+def test_a_position_of_another_folder_or_csv_file_is_refused(tmp_path):
+    (tmp_path / "new").mkdir()
+    for i in range(2):
+        (tmp_path / f"new/{i}.png").write_bytes(jpeg(i))
+        (tmp_path / f"new/{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "a.csv").write_text("image,caption\nnew/0.png,zero\n")
+    for source, changed in (("new", "new/2.png"), ("a.csv", "a.csv")):
+        pairs = reader(tmp_path / source)
+        reader(tmp_path / source).position = pairs.position
+        (tmp_path / changed).write_text("image,caption\nnew/0.png,zero\nnew/1.png,one\n")
+        with pytest.raises(InputError, match=f"{source} are not those"):
+            reader(tmp_path / source).position = pairs.position
+
+
+def test_sources_that_are_moved_are_gone_on_with(shards, tmp_path):
+    shards(2)
+    pairs = reader(tmp_path / "*.tar")
+    captions(pairs, 3)
+    position = pairs.position
+    rest = captions(pairs, 13)
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("*.tar"):
+        path.rename(tmp_path / "moved" / path.name)
+    other = reader(tmp_path / "moved/*.tar")
+    other.position = position
+    assert captions(other, 13) == rest
+
+
+def test_an_older_position_is_taken_with_a_warning(shards, caplog):
+    pairs = reader(shards(1))
+    position = {key: value for key, value in pairs.position.items() if key != "files"}
+    pairs.position = position
+    assert "does not say of which files" in caplog.text
+
+
 def test_weights_say_how_often_a_source_is_drawn(shards, tmp_path):
     one, other = shards(1, name="one"), shards(1, name="two")
     sources = PairsConfig(sources=[one, other], weights=[3.0, 1.0])
