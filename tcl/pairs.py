@@ -26,12 +26,19 @@ from tclkit.runtime.errors import ConfigError, InputError
 from tclkit.runtime.images import load_image
 from tclkit.runtime.tokenizer import clean_text
 
-from .parquet_pairs import PARQUET_SUFFIX, Cell, RowGroup, open_parquet
+from .parquet_pairs import (
+    IMAGE_COLUMNS,
+    PARQUET_SUFFIX,
+    TEXT_COLUMNS,
+    Cell,
+    RowGroup,
+    column_named,
+    open_parquet,
+)
 
 _log = logging.getLogger(__name__)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXT_SUFFIX = ".txt"
-_IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "filepath", "path"), ("caption", "text", "title")
 _MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
 _MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
 _MIXED_BYTES = 256 << 20  # of row groups that are in memory together, unless one alone is larger
@@ -425,9 +432,9 @@ def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
 
 def _entries_of_csv(path: Path) -> Iterator[_Entry]:
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:  # Excel writes a byte order mark
             rows = csv.DictReader(stream)
-            names = [_column(path, rows.fieldnames or [], wanted) for wanted in (_IMAGE_COLUMNS, _TEXT_COLUMNS)]
+            names = [column_named(path, rows.fieldnames or [], wanted) for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS)]
             for row in rows:
                 image, text = (row[name] for name in names)
                 yield _Entry(image or path.name, _Piece(path.parent / image) if image else None, text)
@@ -435,10 +442,3 @@ def _entries_of_csv(path: Path) -> Iterator[_Entry]:
         raise InputError(f"{path} does not exist; check the path", path=str(path)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV file in UTF-8: {error}", path=str(path)) from error
-
-
-def _column(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:
-    for name in columns:
-        if name.strip().lower() in wanted:
-            return name
-    raise InputError(f"{path} has no column {' or '.join(wanted)}; its columns are {', '.join(columns) or 'none'}")

@@ -180,6 +180,17 @@ def test_a_folder_and_a_csv_file_work_too(tmp_path):
     assert sorted(parts[0] + parts[1]) == [f"picture {i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_columns_of_a_csv_file_are_found_by_preference(tmp_path, encoding):
+    """As in a parquet file: not the first that could be meant. Excel's byte order mark is none of the first name."""
+    (tmp_path / "x.png").write_bytes(jpeg(1))
+    table = "path,title,url,image,caption\nnone.png,STOCK-123,u,x.png,a dog\n"
+    (tmp_path / "a.csv").write_text(table, encoding=encoding)
+    assert captions(reader(tmp_path / "a.csv"), 1) == ["a dog"]
+    (tmp_path / "b.csv").write_text("image,caption\nx.png,a dog\n", encoding=encoding)
+    assert captions(reader(tmp_path / "b.csv"), 1) == ["a dog"]
+
+
 def test_what_is_broken_is_counted_and_passed_over(tmp_path):
     samples = {
         "text-only": {"txt": b"no picture"},
@@ -248,7 +259,7 @@ def test_a_source_without_a_pair_is_refused(tmp_path):
         ("a-{00000..00005}.tar", "4 of 6 files of .* do not exist"),
         ("notes.pdf", "is no .tar file"),
         ("none.csv", "does not exist"),
-        ("wrong.csv", "has no column image or filepath or path; its columns are a, b"),
+        ("wrong.csv", "has no column image or jpg .* or filepath or path; its columns are a, b"),
         ("empty", "has no pairs"),
     ],
 )
