@@ -43,6 +43,7 @@ _MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
 _MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
 _MIXED_BYTES = 256 << 20  # of row groups that are in memory together, unless one alone is larger
 _BROKEN_ALLOWED = 20  # so many are let pass before their share counts
+_DAMAGED_ALLOWED = 1  # of shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,8 @@ class PairsConfig:
     weights: how often each source is drawn from, in proportion; empty: all alike.
     seed: of the order and of the augmentation.
     min_side: images with a shorter side are broken, in pixels.
-    max_broken: share of broken pairs, 0 or more and below 1, above which training stops.
+    max_broken: share of broken pairs, and of a source's damaged shards, 0 or more and below 1, above which training
+        stops.
     """
 
     sources: list[str]
@@ -172,13 +174,14 @@ class PairReader:
         """Read on; after a pair `position` is that of the next one.
 
         Raises:
-            InputError: more pairs are broken than the configuration allows, or a source has no pair at all.
+            InputError: more pairs or shards are broken than the configuration allows, or a source has no pair at all.
         """
         while True:
             choice = np.random.default_rng([self._config.seed, self._reader, self._number]).random()
             chosen = min(int(np.searchsorted(np.cumsum(self._shares), choice, side="right")), len(self._sources) - 1)
             source, number = self._sources[chosen], self._number
             entry = source.next(self.broken)
+            source.stop_at_damaged(self._config.max_broken)
             self._number += 1
             try:
                 pair = self._read(entry, number)
@@ -241,6 +244,7 @@ class _Source:
 
     position: [epoch, first shard of the group that is being read, entries taken of it].
     files: digest of the names and sizes of all its files, whichever reader has them.
+    damaged: names of its shards that could not be read to their end.
     """
 
     def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int], files: str) -> None:
@@ -250,6 +254,7 @@ class _Source:
         self._group: list[_Entry] = []
         self._mixed = 0  # shards of the group
         self._barren = 0  # shards in a row without an entry
+        self.damaged: set[str] = set()
 
     def check_files(self, files: str) -> None:
         if files != self.files:
@@ -257,6 +262,14 @@ class _Source:
                 f"the files of {self._name} are not those that the run was reading: names or sizes differ, so that pairs "
                 "would be skipped and repeated. Bring back the files of then, or begin anew with --resume never",
                 source=self._name,
+            )
+
+    def stop_at_damaged(self, max_broken: float) -> None:
+        if len(self.damaged) > max(_DAMAGED_ALLOWED, max_broken * len(self._shards)):
+            raise InputError(
+                f"{len(self.damaged)} of the {len(self._shards)} shards of {self._name} that this reader has are damaged, "
+                f"more than pairs.max_broken = {max_broken} allows: {', '.join(sorted(self.damaged)[:3])}. Fetch them "
+                "again, leave them out, or raise the limit"
             )
 
     def next(self, broken: Counter[str]) -> _Entry:
@@ -278,7 +291,12 @@ class _Source:
         for shard in mixed_shards:
             found, whole = shard.entries()
             entries += found
-            if not whole and not begun:  # one that is gone on with has been counted
+            if whole:
+                continue
+            if shard.name not in self.damaged:
+                _log.warning("%s is damaged: only %d pairs of it can be found", shard.name, len(found))
+                self.damaged.add(shard.name)
+            if not begun:  # one that is gone on with has been counted
                 broken["shard"] += 1
         mixed = np.random.default_rng([*self._seed, epoch, first, 1]).permutation(len(entries))
         self._group, self._loaded, self._mixed = [entries[i] for i in mixed], (epoch, first), len(mixed_shards)
@@ -290,8 +308,12 @@ class _Source:
 class _Shard(Protocol):
     """What is listed at once.
 
+    name: for people, and no other shard of the source has it.
     size_bytes: of what its entries keep in memory.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def size_bytes(self) -> int: ...
@@ -310,6 +332,7 @@ def _as_many_as_fit(shards: Sequence[_Shard]) -> Sequence[_Shard]:
 class _Listed:
     """The entries of a folder or CSV file that one reader has."""
 
+    name: str
     listed: tuple[_Entry, ...]
     size_bytes: int = 0
 
@@ -322,6 +345,10 @@ class _Rows:
     """A row group of a parquet file."""
 
     group: RowGroup
+
+    @property
+    def name(self) -> str:
+        return f"row group {self.group.number} of {self.group.path}"
 
     @property
     def size_bytes(self) -> int:
@@ -340,6 +367,10 @@ class _Tar:
 
     path: Path
     size_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
 
     def entries(self) -> tuple[list[_Entry], bool]:
         pieces: dict[str, dict[str, _Piece]] = {}
@@ -418,7 +449,7 @@ def _listed(path: Path, entries: Iterable[_Entry], reader: int, readers: int) ->
     own = tuple(itertools.islice(entries, reader, None, readers))
     if not own:
         raise InputError(f"{path} has no pairs, or fewer than the {readers} readers (processes x workers)")
-    return _Listed(own)
+    return _Listed(str(path), own)
 
 
 def _entries_of_folder(folder: Path) -> Iterator[_Entry]:

@@ -227,6 +227,18 @@ def test_a_shard_cut_in_half_gives_what_stands_before_the_cut(shards, tmp_path):
     assert pairs.broken["shard"] > counted  # once an epoch
 
 
+def test_damaged_shards_are_named_once_and_too_many_stop_the_reading(shards, tmp_path, caplog):
+    pattern = shards(10)
+    for i in (3, 7):
+        (tmp_path / f"a-{i:05d}.tar").write_bytes(b"\0\1garbage" * 100)
+    pairs = reader(pattern, max_broken=0.2)
+    assert len(set(captions(pairs, 100))) == 32
+    named = [record.message for record in caplog.records if "is damaged: only 0 pairs" in record.message]
+    assert sorted(Path(line.split()[0]).name for line in named) == ["a-00003.tar", "a-00007.tar"]
+    with pytest.raises(InputError, match=r"2 of the 10 shards of .* are damaged, more than pairs.max_broken = 0.05"):
+        captions(reader(pattern), 100)
+
+
 def test_cut_anywhere_a_shard_gives_only_whole_images(shards, tmp_path):
     shards(1, pairs=3)
     content = (tmp_path / "a-00000.tar").read_bytes()
