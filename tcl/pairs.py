@@ -379,11 +379,13 @@ class _Tar:
             size = self.path.stat().st_size
             with tarfile.open(self.path, "r:") as archive:
                 for member in archive:
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("the last member is cut")
+                    if member.issparse():  # its bytes do not lie in one piece
+                        continue
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError("the last member is cut, or its header damaged")
                     if member.isfile():
                         _sort_in(pieces, member.name, _Piece(self.path, member.offset_data, member.size))
-        except (tarfile.TarError, OSError):
+        except Exception:  # tarfile raises all sorts of errors on damaged headers, RecursionError and ValueError too
             whole = False
         return [
             _Entry(f"{self.path.name}/{name}", kinds.get("image"), kinds.get("text")) for name, kinds in pieces.items()

@@ -239,6 +239,55 @@ def test_damaged_shards_are_named_once_and_too_many_stop_the_reading(shards, tmp
         captions(reader(pattern), 100)
 
 
+def chained_long_names(archive: tarfile.TarFile) -> None:
+    for _ in range(1200):
+        member = tarfile.TarInfo("././@LongLink")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
+        archive.fileobj.write(member.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0"))
+
+
+def bad_sparse_map(archive: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo("0.png")
+    member.size = 512
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10"}
+    archive.addfile(member, io.BytesIO(b"x" * 512))
+
+
+def negative_size(archive: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo("0.png")
+    member.pax_headers = {"size": "-1536"}  # the next header would be this one again, for ever
+    archive.addfile(member)
+
+
+@pytest.mark.parametrize("damage", [chained_long_names, bad_sparse_map, negative_size])
+def test_damaged_headers_end_a_shard_and_not_the_training(shards, tmp_path, damage):
+    shards(1)
+    with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        damage(archive)
+    pairs = reader(tmp_path / "*.tar")
+    assert len(set(captions(pairs, 8))) == 4
+    assert [Path(name).name for name in pairs._sources[0].damaged] == ["bad.tar"]
+
+
+def test_a_sparse_member_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("0.png")
+        member.type = tarfile.GNUTYPE_SPARSE
+        buffer = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        buffer[386:410], buffer[483:495] = b"00000000000\0" + b"00000000012\0", b"00000000012\0"
+        buffer[148:156] = b"        "
+        buffer[148:156] = b"%06o\0 " % sum(buffer)
+        archive.fileobj.write(buffer)
+        archive.offset += len(buffer)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert [member.issparse() for member in archive] == [True]
+    content = (tmp_path / "a.tar").read_bytes()[:512] + write_shard(tmp_path / "b.tar", {"x": good(7)}).read_bytes()
+    (tmp_path / "a.tar").write_bytes(content)
+    pairs = reader(tmp_path / "a.tar")
+    assert captions(pairs, 2) == ["picture 7"] * 2
+    assert not pairs.broken
+
+
 def test_cut_anywhere_a_shard_gives_only_whole_images(shards, tmp_path):
     shards(1, pairs=3)
     content = (tmp_path / "a-00000.tar").read_bytes()
