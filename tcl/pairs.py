@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tclkit.calib.image_sources import SHARD_SUFFIX, expand_braces, paths_behind
 from tclkit.runtime.errors import ConfigError, InputError
+from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 from tclkit.runtime.images import load_image
 from tclkit.runtime.tokenizer import clean_text
 
@@ -37,7 +38,6 @@ from .parquet_pairs import (
 )
 
 _log = logging.getLogger(__name__)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXT_SUFFIX = ".txt"
 _MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
 _MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
@@ -384,7 +384,8 @@ class _Tar:
                     if not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError("the last member is cut, or its header damaged")
                     if member.isfile():
-                        _sort_in(pieces, member.name, _Piece(self.path, member.offset_data, member.size))
+                        piece = _Piece(self.path, member.offset_data, member.size)
+                        _sort_in(pieces, member.name, piece, webdataset=True)
         except Exception:  # tarfile raises all sorts of errors on damaged headers, RecursionError and ValueError too
             whole = False
         return [
@@ -392,12 +393,13 @@ class _Tar:
         ], whole
 
 
-def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece) -> None:
-    """A sample is what has the same name up to the first dot of its last part, as webdataset has it."""
+def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece, *, webdataset: bool) -> None:
+    """A sample is what has the same name up to the last dot; in webdataset's shards, to the first of its last part."""
     folder, slash, file = name.rpartition("/")
-    stem, dot, ending = file.partition(".")
+    stem, dot, ending = file.partition(".") if webdataset else file.rpartition(".")
     suffix = dot + ending.lower()
-    if stem and suffix in (*_IMAGE_SUFFIXES, _TEXT_SUFFIX):
+    is_hidden = file.startswith(".")
+    if not is_hidden and (suffix in IMAGE_SUFFIXES or suffix == _TEXT_SUFFIX):
         pieces.setdefault(folder + slash + stem, {})["text" if suffix == _TEXT_SUFFIX else "image"] = piece
 
 
@@ -458,7 +460,7 @@ def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
     pieces: dict[str, dict[str, _Piece]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _sort_in(pieces, path.relative_to(folder).as_posix(), _Piece(path))
+            _sort_in(pieces, path.relative_to(folder).as_posix(), _Piece(path), webdataset=False)
     for name, kinds in pieces.items():
         yield _Entry(name, kinds.get("image"), kinds.get("text"))
 

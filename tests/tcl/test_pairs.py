@@ -180,6 +180,16 @@ def test_a_folder_and_a_csv_file_work_too(tmp_path):
     assert sorted(parts[0] + parts[1]) == [f"picture {i}" for i in range(4)]
 
 
+def test_names_in_a_folder_may_hold_dots(tmp_path):
+    for i, name in enumerate(("IMG.2020", "IMG.2021", "plain")):
+        (tmp_path / f"{name}.TIFF").write_bytes(jpeg(i))
+        (tmp_path / f"{name}.txt").write_text(f"picture {i}")
+        (tmp_path / f"._{name}.TIFF").write_bytes(b"what a Mac leaves")
+    pairs = reader(tmp_path)
+    assert sorted(captions(pairs, 3)) == [f"picture {i}" for i in range(3)]
+    assert not pairs.broken
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_columns_of_a_csv_file_are_found_by_preference(tmp_path, encoding):
     """As in a parquet file: not the first that could be meant. Excel's byte order mark is none of the first name."""
