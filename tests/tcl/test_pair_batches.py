@@ -147,6 +147,22 @@ def test_without_any_augmentation_the_image_is_only_resized():
     assert torch.allclose(plain(image, 0)[0], torch.tensor((200 - 123.675) / 58.395))
 
 
+def test_the_whole_image_is_kept():
+    """Red at the left and green at the right end of an oblong image, all of which is asked for."""
+    image = np.zeros((100, 300, 3), np.uint8)
+    image[:, :40], image[:, -40:] = (255, 0, 0), (0, 255, 0)
+    plain = Augmentation(AugmentationConfig(size=64, min_crop=1, flip=0, colour_jitter=0, rand_augment=0, erase=0))
+    red, green = (int((plain(image, 1)[i] > 1).sum()) for i in range(2))
+    assert red == green == pytest.approx(64 * 64 * 40 / 300, rel=0.1)
+
+
+def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Augmentation(SMALL)(np.zeros((40, 40, 3), np.uint8), 5)
+    assert seeded == []
+
+
 def test_one_pixel_and_grey_images_survive():
     augment = Augmentation(AugmentationConfig(size=16, rand_augment=0))
     assert augment(np.zeros((1, 1, 3), np.uint8), 0).shape == (3, 16, 16)
