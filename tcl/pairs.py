@@ -163,7 +163,9 @@ class PairReader:
                 "go on with the sources that the run began with"
             )
         if "files" not in position:
-            _log.warning("the position does not say of which files it is: pairs are skipped and repeated if they changed")
+            _log.warning(
+                "the position does not say of which files it is: pairs are skipped and repeated if they changed"
+            )
         for source, files in zip(self._sources, position.get("files", ()), strict=False):
             source.check_files(files)
         self._number, self.broken = position["number"], Counter(position["broken"])
