@@ -104,8 +104,8 @@ class PairBatches:
         self._workers, self._readers = workers, max(1, workers)
         place = current_place()
         self._first_reader, self._all_readers = place.rank * self._readers, place.count * self._readers
-        for reader in range(self._first_reader, self._first_reader + self._readers):
-            PairReader(pairs, reader=reader, readers=self._all_readers)  # says now what is wrong with the sources
+        last = self._first_reader + self._readers - 1  # has the fewest pairs or shards: enough for it is for all
+        PairReader(pairs, reader=last, readers=self._all_readers)  # says now what is wrong with the sources
         self._states: list[dict[str, Any] | None] = [None] * self._readers
         self._turn = 0
         self._stream: Iterator[_Made] | None = None

@@ -97,6 +97,20 @@ def test_more_readers_than_shards_are_refused_at_once(sources, tokenizer):
         PairBatches(sources, SMALL, tokenizer, 2, workers=5)
 
 
+def test_sources_are_listed_once_however_many_workers_there_are(sources, tokenizer, monkeypatch):
+    """Every worker lists its own part again; in this process one list says whether there is enough for all."""
+    listed = []
+
+    class Noting(pair_batches.PairReader):
+        def __init__(self, *args, reader, readers):
+            listed.append(reader)
+            super().__init__(*args, reader=reader, readers=readers)
+
+    monkeypatch.setattr(pair_batches, "PairReader", Noting)
+    PairBatches(sources, SMALL, tokenizer, 2, workers=4)
+    assert listed == [3]
+
+
 def test_a_position_of_other_workers_is_refused(sources, tokenizer):
     batches = PairBatches(sources, SMALL, tokenizer, 2)
     with pytest.raises(InputError, match="2 workers, but there are 1"):
