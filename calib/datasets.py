@@ -240,7 +240,7 @@ def _sample(benchmark: Benchmark, root: Path, name: str) -> LabelledImage:
 
 
 def _names_below(folder: Path) -> set[str]:
-    """Files of a folder and its subfolders, as posix paths below it; links are followed, but not back to where they lie."""
+    """Files of a folder and its subfolders, as posix paths below it; links to a folder round it are left out."""
     found: set[str] = set()
     above = {os.fspath(folder): {os.path.realpath(folder)}}  # real folders that lead to a folder, itself too
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -326,8 +326,8 @@ def _class_names(path: Path) -> tuple[str, ...]:
         raise InputError(f"{path} names no class: write one name a line, line 0 names label 0", path=str(path))
     if len(classes) > IGNORED:
         raise InputError(
-            f"{path} names {len(classes)} classes, but {IGNORED} is the most: label {IGNORED} stands for pixels that do not "
-            "count. Leave some out, or evaluate them in parts",
+            f"{path} names {len(classes)} classes, but {IGNORED} is the most: label {IGNORED} stands for pixels that "
+            "do not count. Leave some out, or evaluate them in parts",
             path=str(path),
         )
     for number, name in enumerate(classes):

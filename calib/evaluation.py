@@ -214,8 +214,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model, or go on with an evaluation that was interrupted, or merge those of several ranks.
 
-    Images that the journals in `folder` hold are not computed again, as long as model, settings, data and tclkit's version
-    are the same. Images that could not be used are tried again.
+    Images that the journals in `folder` hold are not computed again, as long as model, settings, data and tclkit's
+    version are the same. Images that could not be used are tried again.
 
     Args:
         dataset: the images; with several workers it is pickled.

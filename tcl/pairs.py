@@ -261,17 +261,17 @@ class _Source:
     def check_files(self, files: str) -> None:
         if files != self.files:
             raise InputError(
-                f"the files of {self._name} are not those that the run was reading: names or sizes differ, so that pairs "
-                "would be skipped and repeated. Bring back the files of then, or begin anew with --resume never",
+                f"the files of {self._name} are not those that the run was reading: names or sizes differ, so that "
+                "pairs would be skipped and repeated. Bring back the files of then, or begin anew with --resume never",
                 source=self._name,
             )
 
     def stop_at_damaged(self, max_broken: float) -> None:
         if len(self.damaged) > max(_DAMAGED_ALLOWED, max_broken * len(self._shards)):
             raise InputError(
-                f"{len(self.damaged)} of the {len(self._shards)} shards of {self._name} that this reader has are damaged, "
-                f"more than pairs.max_broken = {max_broken} allows: {', '.join(sorted(self.damaged)[:3])}. Fetch them "
-                "again, leave them out, or raise the limit"
+                f"{len(self.damaged)} of the {len(self._shards)} shards of {self._name} that this reader has are "
+                f"damaged, more than pairs.max_broken = {max_broken} allows: "
+                f"{', '.join(sorted(self.damaged)[:3])}. Fetch them again, leave them out, or raise the limit"
             )
 
     def next(self, broken: Counter[str]) -> _Entry:

@@ -36,7 +36,7 @@ def test_postscript_never_starts_ghostscript(tmp_path: Path, monkeypatch: pytest
     Image.init()
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "EPS"  # what Pillow takes it for
-    with pytest.raises(InputError, match="a.png is no image file of the kind PNG"):
+    with pytest.raises(InputError, match=r"a\.png is no image file of the kind PNG"):
         read_label_map(tmp_path / "a.png")
 
 
