@@ -92,8 +92,8 @@ class WorldBatches:
             elif self.position - newest >= _GIVE_UP_AFTER:
                 raise ConfigError(
                     f"a batch needs {wanted} different captions, but scenes of {world.min_objects} to "
-                    f"{world.max_objects} objects gave {len(drawn)}, and {_GIVE_UP_AFTER} more no other; lower batch_size, or raise "
-                    "world.max_objects (curriculum.single_until = 0 where single objects come first)",
+                    f"{world.max_objects} objects gave {len(drawn)}, and {_GIVE_UP_AFTER} more no other; lower "
+                    "batch_size, or raise world.max_objects (where single objects come first: single_until = 0)",
                     key="batch_size",
                 )
             self.position += 1

@@ -126,8 +126,8 @@ class WorldConfig:
             raise ConfigError(f"radii must satisfy 0 < {self.min_radius} <= {self.max_radius} <= 0.5")
         if self.min_radius * self.size < _SMALLEST_RADIUS_PX:
             raise ConfigError(
-                f"objects of radius {self.min_radius} are {self.min_radius * self.size:g} pixels of {self.size} and may "
-                f"not show; min_radius must be {_SMALLEST_RADIUS_PX / self.size:g} or more",
+                f"objects of radius {self.min_radius} are {self.min_radius * self.size:g} pixels of {self.size} and "
+                f"may not show; min_radius must be {_SMALLEST_RADIUS_PX / self.size:g} or more",
                 key="min_radius",
             )
         for name in ("max_overlap", "partial_caption", "sibling"):
