@@ -28,8 +28,9 @@ from tclkit.runtime.segmenter import Segmenter
 from .datasets import Dataset, Example
 from .journal import Findings, Journal, LineCounter, read_journals
 from .loading import loaded_examples
-from .metrics import Counts, Scores, scores_from_counts
+from .metrics import Counts, Scores, figure_or_none, scores_from_counts
 from .prediction import Predictor, Scoring, count_example, counts_from_cells, scoring_for
+from .progress import silent
 
 Progress = Callable[[int, int], None]
 _POLL_S = 0.5
@@ -230,7 +231,7 @@ def evaluate(
     """
     segmenters = _opened(settings, share.workers)
     try:
-        return _evaluated(dataset, settings, segmenters, folder / _JOURNALS, share, progress or _silent)
+        return _evaluated(dataset, settings, segmenters, folder / _JOURNALS, share, progress or silent)
     finally:
         for segmenter in segmenters.values():
             segmenter.close()
@@ -517,22 +518,14 @@ def _view_result(images: Sequence[tuple[int, dict[str, Any]]], classes: int) -> 
 def _result_dict(result: ViewResult, classes: Sequence[str]) -> dict[str, Any]:
     scores = result.scores
     return {
-        "miou_percent": _number(scores.miou_percent),
-        "pixel_accuracy": _number(scores.pixel_accuracy),
-        "mean_accuracy": _number(scores.mean_accuracy),
-        "latency_ms": _number(result.latency_ms),
-        "agreement": _number(result.agreement),
+        "miou_percent": figure_or_none(scores.miou_percent),
+        "pixel_accuracy": figure_or_none(scores.pixel_accuracy),
+        "mean_accuracy": figure_or_none(scores.mean_accuracy),
+        "latency_ms": figure_or_none(result.latency_ms),
+        "agreement": figure_or_none(result.agreement),
         "classes": [
-            {"name": name, "iou": _number(iou), "accuracy": _number(accuracy)}
+            {"name": name, "iou": figure_or_none(iou), "accuracy": figure_or_none(accuracy)}
             for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
         ],
         "confusion": result.counts.tolist(),
     }
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 6)
-
-
-def _silent(done: int, total: int) -> None:
-    pass

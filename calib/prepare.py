@@ -31,6 +31,7 @@ from .coco_masks import mask_from_segmentation
 from .datasets import benchmark_root
 from .json_stream import stream_arrays
 from .label_files import LabelMap, read_label_map, write_label_map
+from .progress import silent
 
 SOURCES: Final = ("auto", "pixelmaps", "instances")
 """What COCO-Object is made from."""
@@ -95,7 +96,7 @@ def prepare_labels(key: str, folder: Path, *, source: str = "auto", progress: Pr
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder", path=str(folder))
     root = benchmark_root(benchmark, folder)
-    report = progress or _silent
+    report = progress or silent
     if key == "cityscapes":
         return _remapped(benchmark, root, "_gtFine_labelIds.png", cityscapes_table(), report)
     if key == "coco_stuff":
@@ -288,7 +289,3 @@ def _write_once(target: Path, make: Callable[[], LabelMap], outcome: Prepared) -
         outcome.problems.append((target.name, error.message))
     else:
         outcome.written += 1
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
