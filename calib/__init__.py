@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .evaluation import Contender, Evaluation, EvaluationSettings, Share, ViewResult, evaluate
     from .gallery import Extremes, find_extremes
     from .histograms import RANGE_METHODS, RangeMethod, entropy_limit, mse_limit, percentile_limit
-    from .metrics import Scores, confusion_from_labels, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
+    from .metrics import Scores, count_pixels, iou_from_confusion, mean_iou, scores_from_counts
     from .pictures import GalleryItem, draw_confusion, draw_gallery
     from .prepare import Prepared, prepare_labels
 
@@ -49,7 +49,6 @@ __all__ = [
     "absolute_maxima",
     "activation_ranges",
     "benchmark_named",
-    "confusion_from_labels",
     "count_pixels",
     "draw_chart",
     "draw_confusion",
@@ -85,7 +84,6 @@ _HOMES = {
     "histograms": ("RANGE_METHODS", "RangeMethod", "entropy_limit", "mse_limit", "percentile_limit"),
     "metrics": (
         "Scores",
-        "confusion_from_labels",
         "count_pixels",
         "iou_from_confusion",
         "mean_iou",

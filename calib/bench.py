@@ -34,6 +34,7 @@ from .bench_results import GRAPHS, STAGES, BenchResult, BenchRow, ContenderRepor
 from .bench_work import ONNX_REMEDY, can_count, graph_gflop, image_inputs, masks_gflop, reference_gflop
 from .evaluation import Contender
 from .gemm_peak import GemmMeter, GemmPeak, best_peaks, open_gemm_meters
+from .progress import silent
 
 Progress = Callable[[str, int, int], None]
 MOST_PROMPTS, MOST_IMAGES = 10_000, 256
@@ -158,7 +159,7 @@ def run_bench(settings: BenchSettings, *, progress: Progress | None = None) -> B
         bundle=bundles[sizes[0]],
         picture=open_picture(settings.image),
         texts=tuple(prompt_texts(max(settings.prompts), bundle.manifest.vocabulary)),
-        report=progress or _silent,
+        report=progress or silent,
     )
     meters, notes = _opened_meters(job, chosen)
     reports = {
@@ -491,7 +492,3 @@ def _settings_dict(settings: BenchSettings, sizes: Sequence[Size]) -> dict[str, 
         "threads": settings.threads,
         "image": None if settings.image is None else str(settings.image),
     }
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.legend import printable_text
+from tclkit.runtime.legend import load_font, printable_text
 
 from .bench_results import GRAPHS, STAGES, BenchResult, BenchRow
+from .bench_tables import three_figures
 
 _WIDTH = 1200
 _SCALE = 2  # drawn twice as large and reduced: Pillow's lines have no soft edges
@@ -86,7 +87,7 @@ class _Canvas:
         self._draw = ImageDraw.Draw(self._image)
 
     def text(self, at: _Point, text: str, *, size: int = 14, colour: _Colour = _INK, anchor: str = "la") -> None:
-        font = _font(size * _SCALE)
+        font = load_font(None, size * _SCALE)
         self._draw.text(_scaled(at), printable_text(text, font), fill=colour, font=font, anchor=anchor)
 
     def box(self, corner: _Point, opposite: _Point, colour: _Colour) -> None:
@@ -172,7 +173,7 @@ def _draw_bars(canvas: _Canvas, result: BenchResult, top: int) -> int:
             width = (right - left) * row.stages[stage].median_ms / last
             canvas.box((x, y), (x + width, y + _BAR), _STAGE_COLOURS[stage])
             x += width
-        figures = f"{_figure(row.total.median_ms)} ms,  {_figure(row.images_per_second)} img/s"
+        figures = f"{three_figures(row.total.median_ms)} ms,  {three_figures(row.images_per_second)} img/s"
         canvas.text((x + 8, middle), figures, anchor="lm")
     return bottom + 6 + 2 * _LINE
 
@@ -357,10 +358,6 @@ def _log_ticks(lowest: float, highest: float) -> list[float]:
     return ticks[start : stop + 1]
 
 
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def _shortened(text: str, width: float, size: int) -> str:
     if _text_width(text, size) <= width:
         return text
@@ -370,11 +367,4 @@ def _shortened(text: str, width: float, size: int) -> str:
 
 
 def _text_width(text: str, size: int) -> float:
-    return _font(size).getlength(text)
-
-
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size_px)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise InputError("this Pillow was built without FreeType, so charts cannot be labelled: pip install pillow")
-    return font
+    return load_font(None, size).getlength(text)

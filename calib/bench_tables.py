@@ -60,9 +60,9 @@ def lines_from_result(result: BenchResult) -> list[str]:
     ]
     if result.reference_gflop is not None and result.rows:
         base = result.rows[0]
-        counted = "" if base.gflop is None else f"; the graph of {base.contender} takes {_number(base.gflop)}"
+        counted = "" if base.gflop is None else f"; the graph of {base.contender} takes {three_figures(base.gflop)}"
         lines.append(
-            f"matrix products of the first row's work: reference {_number(result.reference_gflop)} GFLOP{counted}"
+            f"matrix products of the first row's work: reference {three_figures(result.reference_gflop)} GFLOP{counted}"
         )
     return lines
 
@@ -80,10 +80,10 @@ def _frames(result: BenchResult) -> TextTable:
             "size": _size(row),
             "prompts": str(row.prompts),
             "ms": _ms(row.total),
-            "p95": _number(row.total.p95_ms),
-            "img/s": _number(row.images_per_second),
+            "p95": three_figures(row.total.p95_ms),
+            "img/s": three_figures(row.images_per_second),
             "times": f"{reference.total.median_ms / row.total.median_ms:.2f}",
-            "GFLOP": _NONE if row.gflop is None else _number(row.gflop),
+            "GFLOP": _NONE if row.gflop is None else three_figures(row.gflop),
             "of peak": _percent(row.peak_fraction),
         }
         cells.append(tuple(of_row[column] for column in columns))
@@ -157,9 +157,9 @@ def _batches(result: BenchResult) -> TextTable:
             row.contender,
             str(row.batch),
             _ms(row.graphs),
-            _number(row.graphs.p95_ms),
-            _number(row.graphs.median_ms / row.batch),
-            _number(1000 * row.batch / row.graphs.median_ms),
+            three_figures(row.graphs.p95_ms),
+            three_figures(row.graphs.median_ms / row.batch),
+            three_figures(1000 * row.batch / row.graphs.median_ms),
             _percent(row.peak_fraction),
         )
         for row in sorted(rows, key=lambda row: row.batch)
@@ -217,10 +217,10 @@ def _size(row: BenchRow) -> str:
 
 
 def _ms(spread: Spread | None) -> str:
-    return _NONE if spread is None else _number(spread.median_ms)
+    return _NONE if spread is None else three_figures(spread.median_ms)
 
 
-def _number(value: float) -> str:
+def three_figures(value: float) -> str:
     """Three figures or so: 0.12, 4.56, 45.6, 456."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 

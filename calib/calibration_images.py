@@ -57,10 +57,6 @@ class ImageBatches:
         """How many images there are in all batches."""
         return len(self._places)
 
-    def batched(self, batch_size: int) -> "ImageBatches":
-        """The same images in batches of another size."""
-        return ImageBatches(self._store, self._places, batch_size)
-
     def __len__(self) -> int:
         return -(-len(self._places) // self.batch_size)
 

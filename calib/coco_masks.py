@@ -28,7 +28,7 @@ def mask_from_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
         (H, W) bool.
 
     Raises:
-        InputError: neither form, or run lengths that do not fill the image.
+        InputError: neither form, a polygon that is not pairs of numbers, or run lengths that do not fill the image.
     """
     if isinstance(segmentation, Mapping):
         return _mask_from_runs(segmentation, size)
@@ -41,9 +41,18 @@ def mask_from_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
 
 
 def mask_from_polygon(polygon: Sequence[float], size: tuple[int, int]) -> Mask:
-    """Pixels whose centres lie inside a polygon x, y, x, y, ... (even-odd): (H, W) bool."""
+    """Pixels whose centres lie inside a polygon x, y, x, y, ... (even-odd): (H, W) bool.
+
+    Raises:
+        InputError: it is not pairs of finite numbers.
+    """
     height, width = size
-    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    try:
+        points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a polygon is numbers x, y, x, y, ...: {error}") from error
+    if not np.isfinite(points).all():
+        raise InputError("a polygon has a corner that is not a finite number")
     x0, y0 = points.T
     x1, y1 = np.roll(points, -1, axis=0).T
     toggles = np.zeros((height, width + 1), np.int32)
@@ -59,7 +68,7 @@ def mask_from_polygon(polygon: Sequence[float], size: tuple[int, int]) -> Mask:
 
 
 def runs_from_text(text: str) -> list[int]:
-    """Run lengths from COCO's text: six-bit characters, five bits of a signed number each, differences from the third.
+    """Run lengths from COCO's text: six-bit characters, five bits of a signed number each, differences from the fourth.
 
     Raises:
         InputError: a character is not of this code, or the text breaks off.
@@ -86,10 +95,13 @@ def runs_from_text(text: str) -> list[int]:
 def _mask_from_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> Mask:
     counts = segmentation.get("counts")
     runs = runs_from_text(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or tuple(segmentation.get("size", ())) != tuple(size):
+    if not isinstance(runs, list) or segmentation.get("size") != list(size):
         raise InputError(f"run lengths are for {segmentation.get('size')}, the image is {list(size)} (H, W)")
-    lengths = np.asarray(runs, np.int64)
-    if lengths.sum() != size[0] * size[1] or (lengths < 0).any():
+    try:
+        lengths = np.asarray(runs, np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"run lengths are whole numbers: {error}") from error
+    if lengths.ndim != 1 or lengths.sum() != size[0] * size[1] or (lengths < 0).any():
         raise InputError(f"run lengths cover {lengths.sum()} pixels, the image has {size[0] * size[1]}")
     values = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
     return np.ascontiguousarray(values.reshape(size[1], size[0]).T)  # column by column

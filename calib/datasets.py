@@ -15,7 +15,7 @@ from tclkit.runtime.errors import InputError
 from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 from tclkit.runtime.images import load_image
 
-from .benchmarks import BACKGROUND_NAME, PREPARED, Benchmark, benchmark_named
+from .benchmarks import BACKGROUND_NAME, IGNORED, PREPARED, Benchmark, benchmark_named
 from .label_files import LabelMap, read_label_map
 
 ALL_PROMPTS: Final = "all"
@@ -68,7 +68,10 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Hex digest of what the figures depend on: classes, scoring, and the list of images, not their bytes."""
+        """Hex digest of what the figures depend on: classes, scoring, and the images with their truth.
+
+        Reads every label map, so ask once.
+        """
         ...
 
 
@@ -119,8 +122,25 @@ class FolderDataset:
         return Example(image_hwc=image, truth=truth, prompts={ALL_PROMPTS: None})
 
     def fingerprint(self) -> str:
-        """Hex digest of benchmark and names; see `Dataset.fingerprint`."""
-        return fingerprint_from(self.benchmark, self.fit, [sample.name for sample in self.samples])
+        """Hex digest of benchmark, names, images' sizes and label maps' bytes; see `Dataset.fingerprint`."""
+        identity = [(sample.name, _size_of(sample.image), _digest_of(sample.label)) for sample in self.samples]
+        return fingerprint_from(self.benchmark, self.fit, identity)
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none, which shows when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _digest_of(path: Path) -> str | None:
+    """Hex digest of a file's bytes; None where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def fingerprint_from(benchmark: Benchmark, fit: str, identity: object) -> str:
@@ -220,9 +240,17 @@ def _sample(benchmark: Benchmark, root: Path, name: str) -> LabelledImage:
 
 
 def _names_below(folder: Path) -> set[str]:
-    """Files of a folder and its subfolders, as posix paths below it."""
+    """Files of a folder and its subfolders, as posix paths below it; links to a folder round it are left out."""
     found: set[str] = set()
-    for place, _, files in os.walk(folder, followlinks=True):
+    above = {os.fspath(folder): {os.path.realpath(folder)}}  # real folders that lead to a folder, itself too
+    for place, folders, files in os.walk(folder, followlinks=True):
+        for name in list(folders):
+            path = os.path.join(place, name)  # noqa: PTH118 (the names of os.walk)
+            real = os.path.realpath(path)
+            if real in above[place]:
+                folders.remove(name)
+            else:
+                above[path] = above[place] | {real}
         below = Path(place).relative_to(folder).as_posix()
         found.update(name if below == "." else f"{below}/{name}" for name in files)
     return found
@@ -231,15 +259,15 @@ def _names_below(folder: Path) -> set[str]:
 def open_own_data(folder: Path, *, names: Path | None = None) -> FolderDataset:
     """Open a user's own data: `folder`/images, `folder`/labels (PNG, the same names) and a file of class names.
 
-    The names file has one class a line; the line number, from 0, is the class's value in the label maps, 255 is
-    ignored. When the first line is "background", label 0 is none of the others.
+    The names file has one class a line; the line number, from 0, is the class's value in the label maps; 255 is
+    ignored, so that there are 255 classes at most. When the first line is "background", label 0 is none of the others.
 
     Args:
         folder: holds images and labels.
         names: the names file; `folder`/names.txt by default.
 
     Raises:
-        InputError: a folder or file is missing, there are no images, or the names are empty or repeated.
+        InputError: a folder or file is missing, there are no images, or the names are empty, repeated or too many.
     """
     images, labels = folder / "images", folder / "labels"
     for part in (images, labels):
@@ -294,8 +322,14 @@ def _class_names(path: Path) -> tuple[str, ...]:
     while lines and not lines[-1].strip():
         lines.pop()
     classes = tuple(" ".join(line.split()) for line in lines)
-    if not classes or classes == (BACKGROUND_NAME,):
+    if not classes or (len(classes) == 1 and classes[0].lower() == BACKGROUND_NAME):
         raise InputError(f"{path} names no class: write one name a line, line 0 names label 0", path=str(path))
+    if len(classes) > IGNORED:
+        raise InputError(
+            f"{path} names {len(classes)} classes, but {IGNORED} is the most: label {IGNORED} stands for pixels that "
+            "do not count. Leave some out, or evaluate them in parts",
+            path=str(path),
+        )
     for number, name in enumerate(classes):
         if not name:
             raise InputError(f"{path}, line {number + 1} is empty, but it names label {number}", path=str(path))

@@ -5,6 +5,7 @@ the number of processes or ranks, nor an interruption changes a figure.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -27,8 +28,9 @@ from tclkit.runtime.segmenter import Segmenter
 from .datasets import Dataset, Example
 from .journal import Findings, Journal, LineCounter, read_journals
 from .loading import loaded_examples
-from .metrics import Counts, Scores, scores_from_counts
+from .metrics import Counts, Scores, figure_or_none, scores_from_counts
 from .prediction import Predictor, Scoring, count_example, counts_from_cells, scoring_for
+from .progress import silent
 
 Progress = Callable[[int, int], None]
 _POLL_S = 0.5
@@ -146,6 +148,7 @@ class Evaluation:
     results: by precision or contender, by view.
     total: images of the data set, or of the limit.
     counted: of these, how many the figures hold.
+    from_journal: of those, how many an earlier run had counted; to_dict leaves it out, since no figure depends on it.
     left_out: (name, reason) of images that could not be used.
     pending: images that no process has come to yet; other ranks may.
     unknown_pixels: whose label names no class and is not ignored.
@@ -162,6 +165,7 @@ class Evaluation:
     results: dict[str, dict[str, ViewResult]]
     total: int
     counted: int
+    from_journal: int
     left_out: tuple[tuple[str, str], ...]
     pending: int
     unknown_pixels: int
@@ -169,7 +173,7 @@ class Evaluation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-image figures, ready for JSON; what is not a number is null."""
+        """Everything that the images decide but their own figures, ready for JSON; what is not a number is null."""
         return {
             "benchmark": self.key,
             "title": self.title,
@@ -211,7 +215,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model, or go on with an evaluation that was interrupted, or merge those of several ranks.
 
-    Images that the journals in `folder` hold are not computed again. Images that could not be used are tried again.
+    Images that the journals in `folder` hold are not computed again, as long as model, settings, data and tclkit's
+    version are the same. Images that could not be used are tried again.
 
     Args:
         dataset: the images; with several workers it is pickled.
@@ -226,7 +231,7 @@ def evaluate(
     """
     segmenters = _opened(settings, share.workers)
     try:
-        return _evaluated(dataset, settings, segmenters, folder / _JOURNALS, share, progress or _silent)
+        return _evaluated(dataset, settings, segmenters, folder / _JOURNALS, share, progress or silent)
     finally:
         for segmenter in segmenters.values():
             segmenter.close()
@@ -268,7 +273,8 @@ def _evaluated(
         _run(job, segmenters, lambda done: report(done, len(indices)))
     else:
         _run_workers(job, min(share.workers, len(indices)), report)
-    return _summary(dataset, segmenters, scoring, total, read_journals(journals, key))
+    from_journal = sum(index < total for index in known)
+    return _summary(dataset, segmenters, scoring, total, read_journals(journals, key), from_journal)
 
 
 def _opened(settings: EvaluationSettings, workers: int) -> dict[str, Segmenter]:
@@ -306,7 +312,7 @@ def _run_key(
     dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring, identities: Mapping[str, str]
 ) -> str:
     """Digest of all that a figure depends on, and of nothing else: neither paths, nor the limit, nor workers."""
-    parts: list[Any] = [dataset.fingerprint(), asdict(scoring)]
+    parts: list[Any] = [importlib.metadata.version("tclkit"), dataset.fingerprint(), asdict(scoring)]
     for name, segmenter in segmenters.items():
         manifest = segmenter.bundle.manifest
         found = (image_file(segmenter.bundle, segmenter.backend.name, name, image.size) for image in manifest.images)
@@ -432,7 +438,12 @@ def _fields(job: _Job) -> dict[str, Any]:
 
 
 def _summary(
-    dataset: Dataset, segmenters: dict[str, Segmenter], scoring: Scoring, total: int, findings: Findings
+    dataset: Dataset,
+    segmenters: dict[str, Segmenter],
+    scoring: Scoring,
+    total: int,
+    findings: Findings,
+    from_journal: int,
 ) -> Evaluation:
     benchmark = dataset.benchmark
     first = next(iter(segmenters.values()))
@@ -456,6 +467,7 @@ def _summary(
         results=results,
         total=total,
         counted=len(images),
+        from_journal=from_journal,
         left_out=tuple(problems.values()),
         pending=total - len(images) - len(problems),
         unknown_pixels=int(any_counts[-1].sum()),
@@ -506,22 +518,14 @@ def _view_result(images: Sequence[tuple[int, dict[str, Any]]], classes: int) -> 
 def _result_dict(result: ViewResult, classes: Sequence[str]) -> dict[str, Any]:
     scores = result.scores
     return {
-        "miou_percent": _number(scores.miou_percent),
-        "pixel_accuracy": _number(scores.pixel_accuracy),
-        "mean_accuracy": _number(scores.mean_accuracy),
-        "latency_ms": _number(result.latency_ms),
-        "agreement": _number(result.agreement),
+        "miou_percent": figure_or_none(scores.miou_percent),
+        "pixel_accuracy": figure_or_none(scores.pixel_accuracy),
+        "mean_accuracy": figure_or_none(scores.mean_accuracy),
+        "latency_ms": figure_or_none(result.latency_ms),
+        "agreement": figure_or_none(result.agreement),
         "classes": [
-            {"name": name, "iou": _number(iou), "accuracy": _number(accuracy)}
+            {"name": name, "iou": figure_or_none(iou), "accuracy": figure_or_none(accuracy)}
             for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
         ],
         "confusion": result.counts.tolist(),
     }
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 6)
-
-
-def _silent(done: int, total: int) -> None:
-    pass

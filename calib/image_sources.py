@@ -38,7 +38,6 @@ REMEDY = (
 )
 
 _OVERLAY_ENDING = "-overlay.png"  # what `tclkit segment` writes beside the images
-_GLOB_SIGNS = frozenset("*?[")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MAX_SHARDS = 100_000
@@ -128,7 +127,7 @@ class _Opener:
             return self._from_file(path)
         if path.exists():
             raise InputError(f"{self._text} is neither a file nor a folder. {REMEDY}", source=self._text)
-        if _GLOB_SIGNS & set(self._text) or "{" in self._text:
+        if glob.has_magic(self._text) or "{" in self._text:
             return self._from_pattern()
         raise InputError(f"{self._text} does not exist; check the path. {REMEDY}", source=self._text)
 
@@ -393,7 +392,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def paths_behind(pattern: str) -> list[Path]:
     """Files behind a glob; a name without glob signs stands for itself, there or not, so that a gap is told."""
-    if not _GLOB_SIGNS & set(pattern):
+    if not glob.has_magic(pattern):
         return [Path(pattern)]
     return [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]  # noqa: PTH207
 
@@ -401,7 +400,7 @@ def paths_behind(pattern: str) -> list[Path]:
 def _fixed_part(pattern: str) -> Path:
     """The folders before the first part with a sign in it."""
     parts = Path(pattern).parts
-    return Path(*itertools.takewhile(lambda part: not (_GLOB_SIGNS | {"{"}) & set(part), parts[:-1]))
+    return Path(*itertools.takewhile(lambda part: not (glob.has_magic(part) or "{" in part), parts[:-1]))
 
 
 def _relative_name(path: Path, base: Path) -> str:

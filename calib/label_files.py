@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file
+from tclkit.runtime.images import check_size
 
 LabelMap = npt.NDArray[np.integer]
 _NUMBERS = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L")  # Pillow's names of pixels that are one number
@@ -22,12 +23,14 @@ def read_label_map(path: Path) -> LabelMap:
         (H, W) integers.
 
     Raises:
-        InputError: the file is missing, damaged, or holds colours instead of numbers.
+        InputError: the file is missing, damaged, no PNG, too large, or holds colours instead of numbers.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata that nothing here uses
-            with Image.open(io.BytesIO(path.read_bytes())) as image:
+            # Of all that Pillow opens PNG alone: PostScript would run Ghostscript.
+            with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
+                check_size(image, str(path))  # Pillow's own limit is off while another thread reads a header
                 if image.mode not in _NUMBERS:
                     raise InputError(
                         f"{path} holds {image.mode} pixels, but a label file holds one number a pixel (grey or palette "
@@ -38,7 +41,7 @@ def read_label_map(path: Path) -> LabelMap:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", path=str(path)) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is no image file", path=str(path)) from error
+        raise InputError(f"{path} is no image file of the kind PNG", path=str(path)) from error
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files

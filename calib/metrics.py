@@ -11,34 +11,6 @@ from tclkit.runtime.errors import InputError
 Counts = npt.NDArray[np.int64]
 
 
-def confusion_from_labels(
-    predicted: npt.NDArray[np.integer], truth: npt.NDArray[np.integer], classes: int, *, ignore: int | None = None
-) -> Counts:
-    """Count pixels by true and predicted class.
-
-    Args:
-        predicted, truth: integer arrays of one shape, values in 0..classes-1.
-        classes: number of classes K.
-        ignore: pixels whose truth has this value are left out.
-
-    Returns:
-        (K, K) int64; row = truth, column = prediction. Sums over images are again confusion matrices.
-
-    Raises:
-        InputError: shapes differ, or a value is outside 0..classes-1.
-    """
-    if predicted.shape != truth.shape:
-        raise InputError(
-            f"prediction is {predicted.shape} but truth is {truth.shape}; resize the prediction to the truth"
-        )
-    kept = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    rows, columns = truth[kept].astype(np.int64), predicted[kept].astype(np.int64)
-    for name, values in (("truth", rows), ("prediction", columns)):
-        if values.size and not 0 <= values.min() <= values.max() < classes:
-            raise InputError(f"{name} holds labels {values.min()}..{values.max()}; expected 0..{classes - 1}")
-    return np.bincount(rows * classes + columns, minlength=classes * classes).reshape(classes, classes)
-
-
 def iou_from_confusion(confusion: Counts) -> npt.NDArray[np.float64]:
     """Intersection over union per class, in 0..1.
 
@@ -141,6 +113,11 @@ def scores_from_counts(counts: Counts) -> Scores:
         miou=_mean_of_numbers(iou),
         mean_accuracy=_mean_of_numbers(accuracy),
     )
+
+
+def figure_or_none(value: float) -> float | None:
+    """A figure as results.json holds it: six decimals, None for nan."""
+    return None if np.isnan(value) else round(float(value), 6)
 
 
 def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

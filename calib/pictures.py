@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tclkit.runtime.drawing import draw_overlay
 from tclkit.runtime.errors import InputError
-from tclkit.runtime.legend import printable_text
+from tclkit.runtime.legend import load_font, printable_text
 from tclkit.runtime.palette import label_colours
 
 from .benchmarks import IGNORED, Benchmark
@@ -51,7 +51,7 @@ def draw_confusion(counts: Counts, classes: Sequence[str], *, title: str = "") -
     square = counts[:count][np.ix_(seen, seen)].astype(np.float64)
     shares = square / np.maximum(counts[seen].sum(1, keepdims=True), 1)
     cell = next(pixels for up_to, pixels in _CELL_PX if len(seen) <= up_to)
-    font = _font(min(14, max(9, round(cell * 0.55))))
+    font = load_font(None, min(14, max(9, round(cell * 0.55))))
     names = [printable_text(classes[index], font) for index in seen]
     wide = math.ceil(max((font.getlength(name) for name in names), default=0)) + 2 * _MARGIN_PX
     absent = count - len(seen)
@@ -60,7 +60,8 @@ def draw_confusion(counts: Counts, classes: Sequence[str], *, title: str = "") -
     top = _MARGIN_PX + 20 * len(heading) + wide
     side = cell * len(seen)
     width = max(
-        wide + side + _MARGIN_PX, 2 * _MARGIN_PX + math.ceil(max(_font(14).getlength(line) for line in heading))
+        wide + side + _MARGIN_PX,
+        2 * _MARGIN_PX + math.ceil(max(load_font(None, 14).getlength(line) for line in heading)),
     )
     picture = np.empty((top + side + _MARGIN_PX, width, 3), np.uint8)
     picture[:] = _PAPER
@@ -73,7 +74,7 @@ def draw_confusion(counts: Counts, classes: Sequence[str], *, title: str = "") -
     _write_names(canvas, names, font, cell, (wide, top))
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(heading):
-        draw.text((_MARGIN_PX, _MARGIN_PX + 20 * number), line, fill=_INK, font=_font(14))
+        draw.text((_MARGIN_PX, _MARGIN_PX + 20 * number), line, fill=_INK, font=load_font(None, 14))
     if cell >= _CELL_PX[0][1]:
         _write_shares(draw, shares, cell, (wide, top))
     return np.asarray(canvas)
@@ -97,7 +98,7 @@ def _write_names(
 def _write_shares(
     draw: ImageDraw.ImageDraw, shares: npt.NDArray[np.float64], cell: int, corner: tuple[int, int]
 ) -> None:
-    font = _font(11)
+    font = load_font(None, 11)
     for (row, column), share in np.ndenumerate(shares):
         if share >= _SHOWN_SHARE:
             place = (corner[0] + (column + 0.5) * cell, corner[1] + (row + 0.5) * cell)
@@ -162,7 +163,7 @@ def _gallery_row(item: GalleryItem, benchmark: Benchmark) -> Picture:
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     heading = f"{item.caption}   (image, truth, prediction)"
-    draw.text((_MARGIN_PX, 4), printable_text(heading, _font(14)), fill=_INK, font=_font(14))
+    draw.text((_MARGIN_PX, 4), printable_text(heading, load_font(None, 14)), fill=_INK, font=load_font(None, 14))
     _write_legend(draw, lines, names, 26 + _TILE_HEIGHT_PX + 4)
     return np.asarray(canvas)
 
@@ -195,7 +196,7 @@ def _tile(picture: Picture) -> Picture:
 
 def _legend_lines(names: Sequence[str], width: int) -> list[list[tuple[int, int]]]:
     """(number of the name, x) of every name, line by line."""
-    font = _font(12)
+    font = load_font(None, 12)
     lines: list[list[tuple[int, int]]] = [[]]
     x = _MARGIN_PX
     for number, name in enumerate(names):
@@ -211,16 +212,9 @@ def _legend_lines(names: Sequence[str], width: int) -> list[list[tuple[int, int]
 def _write_legend(
     draw: ImageDraw.ImageDraw, lines: Sequence[Sequence[tuple[int, int]]], names: Sequence[str], top: int
 ) -> None:
-    font, colours = _font(12), label_colours(len(names))
+    font, colours = load_font(None, 12), label_colours(len(names))
     for row, line in enumerate(lines):
         y = top + 22 * row
         for number, x in line:
             draw.rectangle((x, y + 2, x + 12, y + 14), fill=colours[number])
             draw.text((x + 18, y + 8), printable_text(names[number], font), fill=_INK, font=font, anchor="lm")
-
-
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size_px)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise InputError("this Pillow was built without FreeType, so pictures cannot be labelled: pip install pillow")
-    return font

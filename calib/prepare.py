@@ -8,7 +8,7 @@
 | cityscapes | gtFine/val/CITY/ID_gtFine_labelIds.png | gtFine/val/CITY/ID_gtFine_labelTrainIds.png |
 
 Every file is written whole or not at all, and what is there already stays: a conversion that was interrupted goes on
-where it stopped.
+where it stopped. What COCO-Object was made from is noted beside its label maps, so that two sources are not mixed.
 """
 
 import contextlib
@@ -24,12 +24,14 @@ import numpy.typing as npt
 
 from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file
+from tclkit.runtime.images import DEFAULT_MAX_PIXELS
 
 from .benchmarks import IGNORED, Benchmark, benchmark_named
 from .coco_masks import mask_from_segmentation
 from .datasets import benchmark_root
 from .json_stream import stream_arrays
 from .label_files import LabelMap, read_label_map, write_label_map
+from .progress import silent
 
 SOURCES: Final = ("auto", "pixelmaps", "instances")
 """What COCO-Object is made from."""
@@ -37,6 +39,9 @@ SOURCES: Final = ("auto", "pixelmaps", "instances")
 Progress = Callable[[str, int, int], None]
 _INSTANCES = "annotations/instances_val2017.json"
 _DETAIL = "trainval_merged.json"
+_SOURCE_NOTE = "instanceTrainIds.source"  # beside COCO-Object's label maps: what they were made from
+
+_UNKNOWN = "a source that is not noted"
 
 # COCO numbers its things 1..90 and its stuff 92..182; eleven of these numbers were never used. Pixel maps hold the
 # number less one.
@@ -75,12 +80,13 @@ def prepare_labels(key: str, folder: Path, *, source: str = "auto", progress: Pr
     Args:
         key: of the benchmark; one that needs no conversion has nothing written.
         folder: the benchmark's own root, or a folder of data sets; see `open_benchmark`.
-        source: for coco_object: "pixelmaps" (what the published figures were made with), "instances", or "auto" for the
-            first of these that is there.
+        source: for coco_object: "pixelmaps" (what the published figures were made with), "instances", or "auto" for
+            what label maps that are there were made from, else the first of these that is there.
         progress: called with (what, done, total).
 
     Raises:
-        InputError: unknown benchmark or source, or what it is made from is not there; says where it is expected.
+        InputError: unknown benchmark or source, or what it is made from is not there (says where it is expected), or
+            label maps of another source are there.
     """
     benchmark = benchmark_named(key)
     if source not in SOURCES:
@@ -90,7 +96,7 @@ def prepare_labels(key: str, folder: Path, *, source: str = "auto", progress: Pr
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder", path=str(folder))
     root = benchmark_root(benchmark, folder)
-    report = progress or _silent
+    report = progress or silent
     if key == "cityscapes":
         return _remapped(benchmark, root, "_gtFine_labelIds.png", cityscapes_table(), report)
     if key == "coco_stuff":
@@ -150,38 +156,66 @@ def _through_table(path: Path, table: npt.NDArray[np.uint8]) -> npt.NDArray[np.u
 
 def _coco_object(benchmark: Benchmark, root: Path, source: str, progress: Progress) -> Prepared:
     labels = root / benchmark.labels
-    has_maps = any("TrainIds" not in path.name for path in labels.glob("*.png"))
-    if source == "pixelmaps" or (source == "auto" and has_maps):
-        return _remapped(benchmark, root, ".png", coco_object_table(), progress)
-    if not (root / _INSTANCES).is_file():
+    before = _noted_source(benchmark, labels)
+    if source == "auto":
+        has_maps = any("TrainIds" not in path.name for path in labels.glob("*.png"))
+        chosen = before if before in SOURCES else "pixelmaps" if has_maps else "instances"
+    else:
+        chosen = source
+    if chosen == "instances" and not (root / _INSTANCES).is_file():
         raise InputError(
             f"COCO-Object is made from the pixel maps {labels}/*.png (stuffthingmaps_trainval2017) or from "
             f"{root / _INSTANCES}; neither is there",
             path=str(root / _INSTANCES),
         )
-    return _coco_object_from_instances(benchmark, root, progress)
+    if source != "auto" and before not in (None, source):
+        raise InputError(
+            f"the label maps in {labels} were made from {before}; to make them from {source}, first delete "
+            f"{labels}/*{benchmark.label_suffix}",
+            path=str(labels),
+        )
+    if before is None and (chosen == "instances" or labels.is_dir()):
+        with atomic_file(labels / _SOURCE_NOTE) as temporary:
+            temporary.write_text(chosen, encoding="utf-8")
+    if chosen == "pixelmaps":
+        outcome = _remapped(benchmark, root, ".png", coco_object_table(), progress)
+    else:
+        outcome = _coco_object_from_instances(benchmark, root, progress)
+    if before == _UNKNOWN:
+        outcome.source += f" (those that were there from {_UNKNOWN})"
+    return outcome
+
+
+def _noted_source(benchmark: Benchmark, labels: Path) -> str | None:
+    """What the label maps there were made from; None where there are none."""
+    if not any(labels.glob(f"*{benchmark.label_suffix}")):
+        return None
+    try:
+        return (labels / _SOURCE_NOTE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return _UNKNOWN
 
 
 def _coco_object_from_instances(benchmark: Benchmark, root: Path, progress: Progress) -> Prepared:
     """Draw instances: crowds first, then the large before the small, so that nothing small is painted over."""
-    images: dict[int, Mapping[str, Any]] = {}
+    images: dict[int, tuple[str, tuple[int, int]]] = {}
     annotations: defaultdict[int, list[tuple[bool, float, int, Any]]] = defaultdict(list)
     path = root / _INSTANCES
     class_of = {number: index + 1 for index, number in enumerate(_COCO_IDS[:_COCO_THINGS])}
     with _layout_of(path):
         for key, element in stream_arrays(path):
             if key == "images":
-                images[int(element["id"])] = element
+                number = int(element["id"])
+                images[number] = _stem_and_size(element)
             elif key == "annotations":
                 drawn = (not element["iscrowd"], -float(element["area"]), class_of[int(element["category_id"])])
                 annotations[int(element["image_id"])].append((*drawn, element["segmentation"]))
     outcome = Prepared(source=str(path))
-    for done, (number, image) in enumerate(images.items()):
+    for done, (number, (stem, size)) in enumerate(images.items()):
         progress("coco_object label maps", done, len(images))
-        target = root / benchmark.labels / f"{Path(image['file_name']).stem}{benchmark.label_suffix}"
+        target = root / benchmark.labels / f"{stem}{benchmark.label_suffix}"
         drawn_first = sorted(annotations[number], key=lambda annotation: annotation[:2])
         shapes = [(label, segmentation) for _, _, label, segmentation in drawn_first]
-        size = (int(image["height"]), int(image["width"]))
         _write_once(target, functools.partial(_drawn, shapes, size), outcome)
     progress("coco_object label maps", len(images), len(images))
     return outcome
@@ -192,30 +226,38 @@ def _context(benchmark: Benchmark, root: Path, progress: Progress) -> Prepared:
     path = next((place for place in (root / _DETAIL, root.parent / _DETAIL) if place.is_file()), root / _DETAIL)
     if not path.is_file():
         raise InputError(f"PASCAL-Context is made from {path} (PASCAL in Detail), which is not there", path=str(path))
-    images: dict[int, Mapping[str, Any]] = {}
+    images: dict[int, tuple[str, tuple[int, int], str]] = {}
     annotations: defaultdict[int, list[tuple[int, Any]]] = defaultdict(list)
     class_of = {number: index + 1 for index, number in enumerate(_CONTEXT_IDS)}
     with _layout_of(path):
         for key, element in stream_arrays(path):
             if key == "images":
-                images[int(element["image_id"])] = element
+                number = int(element["image_id"])
+                images[number] = (*_stem_and_size(element), element["phase"])
             elif key == "annos_segmentation":
                 label = class_of[int(element["category_id"])]
                 annotations[int(element["image_id"])].append((label, element["segmentation"]))
-        wanted = {number: image for number, image in images.items() if image["phase"] in ("train", "val")}
+    wanted = {number: image for number, image in images.items() if image[2] in ("train", "val")}
     outcome = Prepared(source=str(path))
-    for done, (number, image) in enumerate(wanted.items()):
+    for done, (number, (stem, size, _)) in enumerate(wanted.items()):
         progress("context label maps", done, len(wanted))
-        target = root / benchmark.labels / f"{Path(image['file_name']).stem}{benchmark.label_suffix}"
-        size = (int(image["height"]), int(image["width"]))
+        target = root / benchmark.labels / f"{stem}{benchmark.label_suffix}"
         shapes = annotations[number]
         _write_once(target, functools.partial(_drawn, shapes, size), outcome)
     progress("context label maps", len(wanted), len(wanted))
     for phase in ("train", "val"):
-        names = sorted(Path(image["file_name"]).stem for image in wanted.values() if image["phase"] == phase)
+        names = sorted(stem for stem, _, part in wanted.values() if part == phase)
         with atomic_file((root / str(benchmark.split)).with_name(f"{phase}.txt")) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return outcome
+
+
+def _stem_and_size(image: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+    """File name without its suffix, and (H, W), of an image's entry; to be called in `_layout_of`."""
+    height, width = int(image["height"]), int(image["width"])
+    if min(height, width) < 1 or height * width > DEFAULT_MAX_PIXELS:
+        raise ValueError(f"an image of {height} x {width} pixels")
+    return Path(image["file_name"]).stem, (height, width)
 
 
 @contextlib.contextmanager
@@ -225,7 +267,7 @@ def _layout_of(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         message = f"{path} is not laid out as expected: {type(error).__name__} {error}"
         raise InputError(message, path=str(path)) from error
 
@@ -247,7 +289,3 @@ def _write_once(target: Path, make: Callable[[], LabelMap], outcome: Prepared) -
         outcome.problems.append((target.name, error.message))
     else:
         outcome.written += 1
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass

@@ -24,7 +24,7 @@ def remembered(key: Mapping[str, Any], measure: Callable[[], Values]) -> Values:
 
     Args:
         key: JSON values that settle the result.
-        measure: returns numbers, or lists of numbers, by tensor.
+        measure: returns numbers, 0 or more, infinite or NaN, or lists of such, by tensor.
     """
     full_key = {"format": _FORMAT, **key}
     path = _path_of(full_key)
@@ -66,4 +66,4 @@ def _values_from_file(path: Path, key: Mapping[str, Any]) -> Values | None:
 def _is_range(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(map(_is_range, value)) and not any(isinstance(item, list) for item in value)
-    return isinstance(value, float) and value >= 0
+    return isinstance(value, float) and not value < 0  # NaN too: what a graph that overflows shows

@@ -48,10 +48,11 @@ def _overlay_names(sources: Sequence[Source]) -> list[Path]:
     paths = [Path(os.path.abspath(source.path or source.name)) for source in sources]  # noqa: PTH100 (links stay)
     common = Path(os.path.commonpath([path.parent for path in paths]))
     below = [path.relative_to(common) for path in paths]
-    stems = Counter(path.with_suffix("") for path in below)
-    # photo.jpg beside photo.png: the suffix stays in the name, so that both overlays live
+    # The suffix stays where another image has the short name, short (photo.jpg beside photo.png) or in full
+    # (photo.jpg.png beside photo.jpg), so that all overlays live.
+    taken = Counter(name for path in below for name in {path.with_suffix(""), path})
     return [
-        path.with_name((path.stem if stems[path.with_suffix("")] == 1 else path.name) + OVERLAY_ENDING)
+        path.with_name((path.stem if taken[path.with_suffix("")] == 1 else path.name) + OVERLAY_ENDING)
         for path in below
     ]
 

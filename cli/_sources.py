@@ -10,7 +10,6 @@ from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 
 STANDARD_INPUT = "-"
 OVERLAY_ENDING = "-overlay.png"
-_GLOB_SIGNS = frozenset("*?[")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ def find_sources(image: str) -> list[Source]:
         raise InputError("IMAGE is empty: name a file, a folder, a quoted glob, or - for standard input")
     if path.is_dir():
         return [Source(name=str(found), path=found) for found in _images_in_folder(path)]
-    if not path.exists() and _GLOB_SIGNS & set(image):
+    if not path.exists() and glob.has_magic(image):
         return [Source(name=str(found), path=found) for found in _images_behind_glob(image)]
     if not path.exists():
         raise InputError(f"{image}: no such file or folder", image=image)
@@ -55,7 +54,7 @@ def find_sources(image: str) -> list[Source]:
 def stands_for_many(image: str) -> bool:
     """Whether IMAGE is a folder or a glob, so that results go to a folder even when it holds one image only."""
     path = Path(image)
-    return image != STANDARD_INPUT and (path.is_dir() or (not path.exists() and bool(_GLOB_SIGNS & set(image))))
+    return image != STANDARD_INPUT and (path.is_dir() or (not path.exists() and glob.has_magic(image)))
 
 
 def _images_in_folder(folder: Path) -> list[Path]:

@@ -64,7 +64,9 @@ def prepare(
     from tclkit.calib.benchmarks import benchmark_named, published_benchmarks
 
     keys = list(published_benchmarks()) if name == "all" else [benchmark_named(name).key]
-    reports = [_prepare_one(key, root, source.value, check=check) for key in keys]
+    two_ways = {"coco_object"} if name == "all" else set(keys)  # of all only this one has a choice of sources
+    ways = [source if key in two_ways else LabelSource.AUTO for key in keys]
+    reports = [_prepare_one(key, root, way.value, check=check) for key, way in zip(keys, ways, strict=True)]
     if json_output:
         print_json({"benchmarks": reports})
     elif not any(report["missing"] or report["problems"] for report in reports):

@@ -282,14 +282,16 @@ def _run_one(
             progress=lambda done, total: display.phase(key, done, total),
         )
     outcome.evaluations.append(found)
-    _announce(found)
+    _announce(found, output)
     if pictures and found.counted and not found.pending:
         for path in _draw(found, dataset, settings, output):
             say(f"{key}: {path}")
 
 
-def _announce(found: "Evaluation") -> None:
-    """Say what was not as it should be: nothing is left out in silence."""
+def _announce(found: "Evaluation", output: Path) -> None:
+    """Say what was not as it should be, or not done now: nothing is left out in silence."""
+    if found.from_journal:
+        say(f"{found.key}: {found.from_journal} of {found.total} images are from the journal in {output / 'journal'}")
     for note in found.notes:
         say(f"{found.key}: not the published protocol: {note}")
     if found.unknown_pixels:

@@ -78,7 +78,7 @@ def _image_from_stream(stream: BinaryIO, size_bytes: int, label: str, max_pixels
     if size_bytes == 0:
         raise InputError(f"{label} is empty (0 bytes)", path=label)
     with _opened(stream, label) as image:
-        _check_size(image, label, max_pixels)
+        check_size(image, label, max_pixels)
         image_format = image.format
         _decode(image, label)
         rgb = _rgb_from_image(_upright(image, label), image_format, label)
@@ -123,7 +123,12 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _check_size(image: Image.Image, label: str, max_pixels: int) -> None:
+def check_size(image: Image.Image, label: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    """Refuse an image by its header, before any pixel is decoded.
+
+    Raises:
+        InputError: it has more than `max_pixels`.
+    """
     width, height = image.size
     if width * height > max_pixels:
         raise InputError(

@@ -64,7 +64,7 @@ def draw_legend(
     Raises:
         InputError: the font cannot be read.
     """
-    writer = _Writer(rows, font_px, _font(font, font_px))
+    writer = _Writer(rows, font_px, load_font(font, font_px))
     margin = writer.margin
     if width is not None:
         columns = max(1, min(len(rows), (width - margin) // writer.cell_width))
@@ -155,11 +155,16 @@ def _bitmap(font: ImageFont.FreeTypeFont, character: str) -> tuple[tuple[int, in
 
 
 @functools.lru_cache(maxsize=16)
-def _font(path: str | Path | None, size_px: int) -> ImageFont.FreeTypeFont:
+def load_font(path: str | Path | None, size_px: int) -> ImageFont.FreeTypeFont:
+    """Open a font file, or Pillow's own font without one.
+
+    Raises:
+        InputError: the file cannot be read, or this Pillow has no FreeType.
+    """
     if path is None:
         font = ImageFont.load_default(size_px)
         if not isinstance(font, ImageFont.FreeTypeFont):
-            raise InputError("this Pillow was built without FreeType, so legends cannot be written: pip install pillow")
+            raise InputError("this Pillow was built without FreeType, so no text can be drawn: pip install pillow")
         return font
     try:
         return ImageFont.truetype(str(path), size_px)

@@ -54,7 +54,11 @@ class Augmentation:
     def __init__(self, config: AugmentationConfig) -> None:
         from torchvision.transforms import v2  # slow to import, and a configuration alone does not need it
 
-        crop = v2.RandomResizedCrop(config.size, scale=(config.min_crop, 1.0), antialias=True)
+        size = (config.size, config.size)
+        if config.min_crop < 1:
+            crop = v2.RandomResizedCrop(size, scale=(config.min_crop, 1.0), antialias=True)
+        else:  # RandomResizedCrop would cut an oblong image to a ratio of 3:4 to 4:3
+            crop = v2.Resize(size, antialias=True)
         steps: list[torch.nn.Module] = [crop, v2.RandomHorizontalFlip(config.flip)]
         if config.rand_augment:
             steps.append(v2.RandAugment(num_ops=2, magnitude=config.rand_augment))
@@ -68,13 +72,13 @@ class Augmentation:
 
         Args:
             image_hwc: (H, W, 3) uint8 RGB.
-            seed: decides every random choice; torch's own generator is left as it was.
+            seed: decides every random choice; torch's own generators are left as they were.
 
         Returns:
             (3, size, size) float32, normalised.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's as well
             augmented = np.array(self._on_bytes(Image.fromarray(image_hwc)))
             erased: Tensor = self._erase(images_to_tensor(augmented[None])[0])
             return erased

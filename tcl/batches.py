@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tclkit.runtime.errors import ConfigError
 from tclkit.runtime.tokenizer import Tokenizer
 
 from .distributed import current_place
@@ -17,6 +18,7 @@ from .world import Scene, WorldConfig, scene
 # ImageNet's statistics, which TCL uses instead of CLIP's (per RGB channel, of values in 0..255).
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
+_GIVE_UP_AFTER = 20_000  # scenes in a row without a new caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,27 @@ class WorldBatches:
         self.position = 0
 
     def next(self, world: WorldConfig | None = None) -> Batch:
-        """Draw the next batch, from another world than usual when one is given."""
+        """Draw the next batch, from another world than usual when one is given.
+
+        Raises:
+            ConfigError: the world has fewer captions than the batch has pairs.
+        """
         world = world or self._world
         drawn: dict[str, Scene] = {}
         place = current_place()
-        while len(drawn) < self._batch_size * place.count:
+        wanted, newest = self._batch_size * place.count, self.position
+        while len(drawn) < wanted:
             candidate = scene(world, self.position)
+            if candidate.caption not in drawn:
+                drawn[candidate.caption], newest = candidate, self.position
+            elif self.position - newest >= _GIVE_UP_AFTER:
+                raise ConfigError(
+                    f"a batch needs {wanted} different captions, but scenes of {world.min_objects} to "
+                    f"{world.max_objects} objects gave {len(drawn)}, and {_GIVE_UP_AFTER} more no other; lower "
+                    "batch_size, or raise world.max_objects (where single objects come first: single_until = 0)",
+                    key="batch_size",
+                )
             self.position += 1
-            drawn.setdefault(candidate.caption, candidate)
         own = list(drawn.values())[place.rank * self._batch_size : (place.rank + 1) * self._batch_size]
         images = np.stack([one.image for one in own])
         token_ids = self._tokenizer.encode([one.caption for one in own])

@@ -50,14 +50,18 @@ class _Part:
     position: dict[str, Any] | None
 
     def __iter__(self) -> Iterator[_Made]:
-        reader = PairReader(self.pairs, reader=self.reader, readers=self.readers)
-        if self.position is not None:
-            reader.position = self.position
+        try:
+            reader = PairReader(self.pairs, reader=self.reader, readers=self.readers)
+            if self.position is not None:
+                reader.position = self.position
+        except InputError as error:  # as a value: raised in a worker it would come wrapped into a traceback's text
+            yield error
+            return
         augment, stream = Augmentation(self.augmentation), iter(reader)
         while True:
             try:
                 pairs = list(itertools.islice(stream, self.batch_size))
-            except InputError as error:  # as a value: raised in a worker it would come wrapped into a traceback's text
+            except InputError as error:
                 yield error
                 return
             images = torch.stack([augment(pair.image_hwc, self._seed(pair)) for pair in pairs])
@@ -100,8 +104,8 @@ class PairBatches:
         self._workers, self._readers = workers, max(1, workers)
         place = current_place()
         self._first_reader, self._all_readers = place.rank * self._readers, place.count * self._readers
-        for reader in range(self._first_reader, self._first_reader + self._readers):
-            PairReader(pairs, reader=reader, readers=self._all_readers)  # says now what is wrong with the sources
+        last = self._first_reader + self._readers - 1  # has the fewest pairs or shards: enough for it is for all
+        PairReader(pairs, reader=last, readers=self._all_readers)  # says now what is wrong with the sources
         self._states: list[dict[str, Any] | None] = [None] * self._readers
         self._turn = 0
         self._stream: Iterator[_Made] | None = None

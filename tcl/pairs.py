@@ -7,10 +7,13 @@ Files must be local.
 """
 
 import csv
+import hashlib
 import itertools
+import json
+import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,18 +23,27 @@ from numpy.typing import NDArray
 
 from tclkit.calib.image_sources import SHARD_SUFFIX, expand_braces, paths_behind
 from tclkit.runtime.errors import ConfigError, InputError
+from tclkit.runtime.image_suffixes import IMAGE_SUFFIXES
 from tclkit.runtime.images import load_image
 from tclkit.runtime.tokenizer import clean_text
 
-from .parquet_pairs import PARQUET_SUFFIX, Cell, RowGroup, open_parquet
+from .parquet_pairs import (
+    IMAGE_COLUMNS,
+    PARQUET_SUFFIX,
+    TEXT_COLUMNS,
+    Cell,
+    RowGroup,
+    column_named,
+    open_parquet,
+)
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_log = logging.getLogger(__name__)
 _TEXT_SUFFIX = ".txt"
-_IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "filepath", "path"), ("caption", "text", "title")
 _MAX_IMAGE_BYTES, _MAX_TEXT_BYTES = 64 << 20, 1 << 16
 _MIXED_SHARDS = 8  # shards whose pairs are mixed with each other
 _MIXED_BYTES = 256 << 20  # of row groups that are in memory together, unless one alone is larger
 _BROKEN_ALLOWED = 20  # so many are let pass before their share counts
+_DAMAGED_ALLOWED = 1  # of shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +56,8 @@ class PairsConfig:
     weights: how often each source is drawn from, in proportion; empty: all alike.
     seed: of the order and of the augmentation.
     min_side: images with a shorter side are broken, in pixels.
-    max_broken: share of broken pairs, 0 or more and below 1, above which training stops.
+    max_broken: share of broken pairs, and of a source's damaged shards, 0 or more and below 1, above which training
+        stops.
     """
 
     sources: list[str]
@@ -134,9 +147,13 @@ class PairReader:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as plain numbers; set it to go on there."""
+        """Where the stream stands, as plain values; set it to go on there, which needs the same files.
+
+        files: digest of each source's names and sizes. Older positions lack it and are taken unchecked, with a warning.
+        """
         states = [source.position for source in self._sources]
-        return {"number": self._number, "sources": states, "broken": dict(self.broken)}
+        files = [source.files for source in self._sources]
+        return {"number": self._number, "sources": states, "files": files, "broken": dict(self.broken)}
 
     @position.setter
     def position(self, position: Mapping[str, Any]) -> None:
@@ -145,6 +162,12 @@ class PairReader:
                 f"the position is one of {len(position['sources'])} sources, but there are {len(self._sources)}; "
                 "go on with the sources that the run began with"
             )
+        if "files" not in position:
+            _log.warning(
+                "the position does not say of which files it is: pairs are skipped and repeated if they changed"
+            )
+        for source, files in zip(self._sources, position.get("files", ()), strict=False):
+            source.check_files(files)
         self._number, self.broken = position["number"], Counter(position["broken"])
         for source, state in zip(self._sources, position["sources"], strict=True):
             source.position = list(state)
@@ -153,13 +176,14 @@ class PairReader:
         """Read on; after a pair `position` is that of the next one.
 
         Raises:
-            InputError: more pairs are broken than the configuration allows, or a source has no pair at all.
+            InputError: more pairs or shards are broken than the configuration allows, or a source has no pair at all.
         """
         while True:
             choice = np.random.default_rng([self._config.seed, self._reader, self._number]).random()
             chosen = min(int(np.searchsorted(np.cumsum(self._shares), choice, side="right")), len(self._sources) - 1)
             source, number = self._sources[chosen], self._number
             entry = source.next(self.broken)
+            source.stop_at_damaged(self._config.max_broken)
             self._number += 1
             try:
                 pair = self._read(entry, number)
@@ -221,15 +245,34 @@ class _Source:
     """Entries of one source, epoch after epoch, each time in another seeded order.
 
     position: [epoch, first shard of the group that is being read, entries taken of it].
+    files: digest of the names and sizes of all its files, whichever reader has them.
+    damaged: names of its shards that could not be read to their end.
     """
 
-    def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int]) -> None:
-        self._name, self._shards, self._seed = name, shards, seed
+    def __init__(self, name: str, shards: Sequence["_Shard"], seed: Sequence[int], files: str) -> None:
+        self._name, self._shards, self._seed, self.files = name, shards, seed, files
         self.position = [0, 0, 0]
         self._loaded: tuple[int, int] | None = None
         self._group: list[_Entry] = []
         self._mixed = 0  # shards of the group
         self._barren = 0  # shards in a row without an entry
+        self.damaged: set[str] = set()
+
+    def check_files(self, files: str) -> None:
+        if files != self.files:
+            raise InputError(
+                f"the files of {self._name} are not those that the run was reading: names or sizes differ, so that "
+                "pairs would be skipped and repeated. Bring back the files of then, or begin anew with --resume never",
+                source=self._name,
+            )
+
+    def stop_at_damaged(self, max_broken: float) -> None:
+        if len(self.damaged) > max(_DAMAGED_ALLOWED, max_broken * len(self._shards)):
+            raise InputError(
+                f"{len(self.damaged)} of the {len(self._shards)} shards of {self._name} that this reader has are "
+                f"damaged, more than pairs.max_broken = {max_broken} allows: "
+                f"{', '.join(sorted(self.damaged)[:3])}. Fetch them again, leave them out, or raise the limit"
+            )
 
     def next(self, broken: Counter[str]) -> _Entry:
         while True:
@@ -250,7 +293,12 @@ class _Source:
         for shard in mixed_shards:
             found, whole = shard.entries()
             entries += found
-            if not whole and not begun:  # one that is gone on with has been counted
+            if whole:
+                continue
+            if shard.name not in self.damaged:
+                _log.warning("%s is damaged: only %d pairs of it can be found", shard.name, len(found))
+                self.damaged.add(shard.name)
+            if not begun:  # one that is gone on with has been counted
                 broken["shard"] += 1
         mixed = np.random.default_rng([*self._seed, epoch, first, 1]).permutation(len(entries))
         self._group, self._loaded, self._mixed = [entries[i] for i in mixed], (epoch, first), len(mixed_shards)
@@ -262,8 +310,12 @@ class _Source:
 class _Shard(Protocol):
     """What is listed at once.
 
+    name: for people, and no other shard of the source has it.
     size_bytes: of what its entries keep in memory.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def size_bytes(self) -> int: ...
@@ -282,6 +334,7 @@ def _as_many_as_fit(shards: Sequence[_Shard]) -> Sequence[_Shard]:
 class _Listed:
     """The entries of a folder or CSV file that one reader has."""
 
+    name: str
     listed: tuple[_Entry, ...]
     size_bytes: int = 0
 
@@ -294,6 +347,10 @@ class _Rows:
     """A row group of a parquet file."""
 
     group: RowGroup
+
+    @property
+    def name(self) -> str:
+        return f"row group {self.group.number} of {self.group.path}"
 
     @property
     def size_bytes(self) -> int:
@@ -313,6 +370,10 @@ class _Tar:
     path: Path
     size_bytes: int = 0
 
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
     def entries(self) -> tuple[list[_Entry], bool]:
         pieces: dict[str, dict[str, _Piece]] = {}
         whole = True
@@ -320,23 +381,27 @@ class _Tar:
             size = self.path.stat().st_size
             with tarfile.open(self.path, "r:") as archive:
                 for member in archive:
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("the last member is cut")
+                    if member.issparse():  # its bytes do not lie in one piece
+                        continue
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError("the last member is cut, or its header damaged")
                     if member.isfile():
-                        _sort_in(pieces, member.name, _Piece(self.path, member.offset_data, member.size))
-        except (tarfile.TarError, OSError):
+                        piece = _Piece(self.path, member.offset_data, member.size)
+                        _sort_in(pieces, member.name, piece, webdataset=True)
+        except Exception:  # tarfile raises all sorts of errors on damaged headers, RecursionError and ValueError too
             whole = False
         return [
             _Entry(f"{self.path.name}/{name}", kinds.get("image"), kinds.get("text")) for name, kinds in pieces.items()
         ], whole
 
 
-def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece) -> None:
-    """A sample is what has the same name up to the first dot of its last part, as webdataset has it."""
+def _sort_in(pieces: dict[str, dict[str, _Piece]], name: str, piece: _Piece, *, webdataset: bool) -> None:
+    """A sample is what has the same name up to the last dot; in webdataset's shards, to the first of its last part."""
     folder, slash, file = name.rpartition("/")
-    stem, dot, ending = file.partition(".")
+    stem, dot, ending = file.partition(".") if webdataset else file.rpartition(".")
     suffix = dot + ending.lower()
-    if stem and suffix in (*_IMAGE_SUFFIXES, _TEXT_SUFFIX):
+    is_hidden = file.startswith(".")
+    if not is_hidden and (suffix in IMAGE_SUFFIXES or suffix == _TEXT_SUFFIX):
         pieces.setdefault(folder + slash + stem, {})["text" if suffix == _TEXT_SUFFIX else "image"] = piece
 
 
@@ -344,19 +409,33 @@ def _open_source(name: str, seed: int, reader: int, readers: int) -> _Source:
     path = Path(name)
     shards: Sequence[_Shard]
     if path.is_dir():
-        shards = [_listed(path, _entries_of_folder(path), reader, readers)]
+        entries = list(_entries_of_folder(path))
+        pieces = (piece for entry in entries for piece in (entry.image, entry.text) if isinstance(piece, _Piece))
+        files = _digest((piece.path for piece in pieces), below=path)
+        shards = [_listed(path, entries, reader, readers)]
     elif path.suffix.lower() == ".csv":
         shards = [_listed(path, _entries_of_csv(path), reader, readers)]
+        files = _digest([path])
     elif path.suffix.lower() == PARQUET_SUFFIX:
-        shards = [_Rows(group) for group in open_parquet(_paths_of(name, PARQUET_SUFFIX), reader, readers)]
+        paths = _paths_of(name, PARQUET_SUFFIX)
+        shards = [_Rows(group) for group in open_parquet(paths, reader, readers)]
+        files = _digest(paths)
     else:
-        shards = [_Tar(path) for path in _paths_of(name, SHARD_SUFFIX)[reader::readers]]
+        paths = _paths_of(name, SHARD_SUFFIX)
+        shards = [_Tar(path) for path in paths[reader::readers]]
+        files = _digest(paths)
         if not shards:
             raise InputError(
                 f"{name} has fewer shards than the {readers} readers (processes x workers); each needs one of its own. "
                 "Use fewer workers, or split the shards"
             )
-    return _Source(name, shards, (seed, reader))
+    return _Source(name, shards, (seed, reader), files)
+
+
+def _digest(paths: Iterable[Path], *, below: Path | None = None) -> str:
+    """Hex digest of files' sizes and names, which begin below a folder or are bare: a source that is moved keeps it."""
+    found = [(path.relative_to(below).as_posix() if below else path.name, path.stat().st_size) for path in paths]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _paths_of(name: str, suffix: str) -> list[Path]:
@@ -372,27 +451,27 @@ def _paths_of(name: str, suffix: str) -> list[Path]:
     return paths
 
 
-def _listed(path: Path, entries: Iterator[_Entry], reader: int, readers: int) -> _Listed:
+def _listed(path: Path, entries: Iterable[_Entry], reader: int, readers: int) -> _Listed:
     own = tuple(itertools.islice(entries, reader, None, readers))
     if not own:
         raise InputError(f"{path} has no pairs, or fewer than the {readers} readers (processes x workers)")
-    return _Listed(own)
+    return _Listed(str(path), own)
 
 
 def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
     pieces: dict[str, dict[str, _Piece]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _sort_in(pieces, path.relative_to(folder).as_posix(), _Piece(path))
+            _sort_in(pieces, path.relative_to(folder).as_posix(), _Piece(path), webdataset=False)
     for name, kinds in pieces.items():
         yield _Entry(name, kinds.get("image"), kinds.get("text"))
 
 
 def _entries_of_csv(path: Path) -> Iterator[_Entry]:
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:  # Excel writes a byte order mark
             rows = csv.DictReader(stream)
-            names = [_column(path, rows.fieldnames or [], wanted) for wanted in (_IMAGE_COLUMNS, _TEXT_COLUMNS)]
+            names = [column_named(path, rows.fieldnames or [], wanted) for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS)]
             for row in rows:
                 image, text = (row[name] for name in names)
                 yield _Entry(image or path.name, _Piece(path.parent / image) if image else None, text)
@@ -400,10 +479,3 @@ def _entries_of_csv(path: Path) -> Iterator[_Entry]:
         raise InputError(f"{path} does not exist; check the path", path=str(path)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV file in UTF-8: {error}", path=str(path)) from error
-
-
-def _column(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:
-    for name in columns:
-        if name.strip().lower() in wanted:
-            return name
-    raise InputError(f"{path} has no column {' or '.join(wanted)}; its columns are {', '.join(columns) or 'none'}")

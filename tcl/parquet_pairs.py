@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PARQUET_SUFFIX = ".parquet"
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "filepath", "path")  # jpg ... webp are img2dataset's
-_TEXT_COLUMNS = ("caption", "text", "title")
+# What a table's columns may be called, the first choice first, of CSV files too; jpg ... webp are img2dataset's.
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "filepath", "path")
+TEXT_COLUMNS = ("caption", "text", "title")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def _row_groups(path: Path) -> list[tuple[RowGroup, int]]:
         raise InputError(
             f"{path} is no parquet file, or one that was cut: {error}. Fetch it again, or leave it out", path=str(path)
         ) from error
-    columns = (_column(path, schema, _IMAGE_COLUMNS), _column(path, schema, _TEXT_COLUMNS))
+    columns = (column_named(path, schema.names, IMAGE_COLUMNS), column_named(path, schema.names, TEXT_COLUMNS))
     _check_types(path, schema, columns)
     found = []
     for number in range(metadata.num_row_groups):
@@ -155,12 +156,17 @@ def _row_groups(path: Path) -> list[tuple[RowGroup, int]]:
     return found
 
 
-def _column(path: Path, schema: "pa.Schema", wanted: Sequence[str]) -> str:
-    by_name = {name.strip().lower(): name for name in schema.names}
+def column_named(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:
+    """The column of a table that is the first choice, whatever the order in the file.
+
+    Raises:
+        InputError: there is none of the wanted.
+    """
+    by_name = {name.strip().lower(): name for name in columns}
     for name in wanted:
         if name in by_name:
-            return str(by_name[name])
-    raise InputError(f"{path} has no column {' or '.join(wanted)}; its columns are {', '.join(schema.names) or 'none'}")
+            return by_name[name]
+    raise InputError(f"{path} has no column {' or '.join(wanted)}; its columns are {', '.join(columns) or 'none'}")
 
 
 def _check_types(path: Path, schema: "pa.Schema", columns: tuple[str, str]) -> None:

@@ -6,7 +6,6 @@ counts are summed.
 
 import hashlib
 import importlib.metadata
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from tclkit.calib.benchmarks import published_benchmarks
 from tclkit.calib.datasets import Dataset, open_benchmark, open_own_data
 from tclkit.calib.loading import loaded_examples
-from tclkit.calib.metrics import Counts, Scores, count_pixels, scores_from_counts
+from tclkit.calib.metrics import Counts, Scores, count_pixels, figure_or_none, scores_from_counts
 from tclkit.calib.prediction import Predictor, Scoring, scoring_for
 from tclkit.runtime.bundle import Bundle
 from tclkit.runtime.errors import InputError
@@ -100,8 +99,10 @@ class ValidationScore:
         """Everything but the counts, ready for JSON; what is not a number is null."""
         return {
             "benchmark": self.key,
-            "miou": {view: _number(scores.miou * 100) for view, scores in self.scores.items()},
-            "pixel_accuracy": {view: _number(scores.pixel_accuracy * 100) for view, scores in self.scores.items()},
+            "miou": {view: figure_or_none(scores.miou * 100) for view, scores in self.scores.items()},
+            "pixel_accuracy": {
+                view: figure_or_none(scores.pixel_accuracy * 100) for view, scores in self.scores.items()
+            },
             "threshold": self.threshold,
             "kp_w": self.kp_w,
             "images": {"total": self.total, "counted": self.counted},
@@ -324,7 +325,3 @@ def _bundle_of(
 
 def _record(content: bytes) -> FileRecord:
     return FileRecord(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 6)

@@ -91,6 +91,7 @@ _FRAMES: Final = (
 )
 _JOINS: Final = (" and ", " next to ", " with ", " beside ")
 _SUB_PIXEL_BITS: Final = 4
+_SMALLEST_RADIUS_PX: Final = 0.5  # tried: from 0.3 on every shape covers a pixel, wherever it lies inside the picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,7 @@ class WorldConfig:
     size: pixels of a side; scenes are square.
     seed: two worlds of different seeds share no scene.
     min_objects, max_objects: objects in a scene; each number is equally likely.
-    min_radius, max_radius: of an object, as a fraction of the side.
+    min_radius, max_radius: of an object, as a fraction of the side; half a pixel is the least.
     max_overlap: an object may hide at most this fraction of another.
     partial_caption: probability that a caption leaves out at least one object (of scenes with several).
     sibling: probability that an object shares its colour or its shape with one already in the scene.
@@ -123,6 +124,12 @@ class WorldConfig:
             raise ConfigError(f"objects in a scene: 1 <= {self.min_objects} <= {self.max_objects} <= 64 does not hold")
         if not 0 < self.min_radius <= self.max_radius <= 0.5:
             raise ConfigError(f"radii must satisfy 0 < {self.min_radius} <= {self.max_radius} <= 0.5")
+        if self.min_radius * self.size < _SMALLEST_RADIUS_PX:
+            raise ConfigError(
+                f"objects of radius {self.min_radius} are {self.min_radius * self.size:g} pixels of {self.size} and "
+                f"may not show; min_radius must be {_SMALLEST_RADIUS_PX / self.size:g} or more",
+                key="min_radius",
+            )
         for name in ("max_overlap", "partial_caption", "sibling"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, a fraction in [0, 1] is needed")

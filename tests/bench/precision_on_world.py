@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tclkit.calib import confusion_from_labels, iou_from_confusion, mean_iou
+from tclkit.calib import count_pixels, iou_from_confusion, mean_iou
 from tclkit.export.graph_runner import GraphRunner
 from tclkit.runtime import Segmenter, open_bundle
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -79,7 +79,7 @@ def main() -> None:
         for candidate in candidates:
             found = label_map(candidate.segmenter, scene)
             reference = found if reference is None else reference
-            candidate.confusion += confusion_from_labels(found, truth, classes)
+            candidate.confusion += count_pixels(found, truth, classes)[:-1]
             candidate.same += int((found == reference).sum())
     pixels = arguments.scenes * 128 * 128
     for candidate in candidates:

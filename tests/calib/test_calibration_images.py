@@ -48,9 +48,6 @@ def test_batches(photos: Callable[..., Path]) -> None:
     assert len(chosen.calibration) == 3
     assert (chosen.calibration.images, chosen.held_back.images) == (7, 3)
     np.testing.assert_array_equal(np.concatenate(batches), np.concatenate(list(chosen.calibration)))
-    np.testing.assert_array_equal(np.concatenate(batches), np.concatenate(list(chosen.calibration.batched(1))))
-    with pytest.raises(InputError, match="batch_size should be 1 or more, found 0"):
-        chosen.calibration.batched(0)
 
 
 def test_two_passes_at_once_do_not_disturb_each_other(photos: Callable[..., Path]) -> None:

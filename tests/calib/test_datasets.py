@@ -1,6 +1,7 @@
 """Files in the benchmarks' own layouts and a user's own: found, read, and what is wrong with them named."""
 
 import pickle
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -111,6 +112,14 @@ def test_fingerprints_tell_data_sets_apart(voc: Path) -> None:
     assert first.fingerprint() == open_benchmark("voc", voc).fingerprint()
     assert pickle.loads(pickle.dumps(first)).fingerprint() == first.fingerprint()
     assert first.fingerprint() != open_benchmark("voc20", voc).fingerprint()
+    label = voc / "SegmentationClass/2007_000042.png"
+    before, content = first.fingerprint(), label.read_bytes()
+    label.write_bytes(content[:-1] + b"x")  # of the same size
+    assert first.fingerprint() != before
+    label.unlink()
+    assert first.fingerprint() != before
+    label.write_bytes(content)
+    assert first.fingerprint() == before
     (voc / "ImageSets/Segmentation/val.txt").write_text("2007_000042\n")
     assert first.fingerprint() != open_benchmark("voc", voc).fingerprint()
 
@@ -133,6 +142,8 @@ def test_a_users_own_folder(mini: ModuleType, tmp_path: Path) -> None:
     [
         ("", "names no class"),
         ("background\n", "names no class"),
+        ("Background\n", "names no class"),
+        ("\n".join(map(str, range(256))), "names 256 classes, but 255 is the most"),
         ("a\n\nb\n", "line 2 is empty, but it names label 1"),
         ("cat\nCat\n", "line 2: 'Cat' is there twice"),
     ],
@@ -142,6 +153,32 @@ def test_a_names_file_that_cannot_be_used(mini: ModuleType, tmp_path: Path, name
     (tmp_path / "names.txt").write_text(names)
     with pytest.raises(InputError, match=text):
         open_own_data(tmp_path)
+
+
+def test_as_many_classes_as_labels(mini: ModuleType, tmp_path: Path) -> None:
+    mini.write_own(tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(255))))
+    assert len(open_own_data(tmp_path).benchmark.classes) == 255
+
+
+def test_links_are_followed_but_not_round_in_circles(mini: ModuleType, tmp_path: Path) -> None:
+    """A link to its own folder, one to the folder above, two that lead to each other, and two to the same place."""
+    mini.write_own(tmp_path)
+    names = {"shot-0", "shot-1", "shot-2"}
+    images, other = tmp_path / "images", tmp_path / "other"
+    other.mkdir()
+    shutil.copy(images / "shot-0.png", other / "far.png")
+    (images / "self").symlink_to(images)
+    (images / "sub").mkdir()
+    (images / "sub/up").symlink_to("..")
+    dataset = open_own_data(tmp_path)
+    assert {dataset.name(index) for index in range(len(dataset))} == names
+    (images / "one").symlink_to(other)
+    (images / "two").symlink_to(other)
+    (other / "back").symlink_to(images / "sub")
+    dataset = open_own_data(tmp_path)
+    assert {dataset.name(index) for index in range(len(dataset))} >= names | {"one/far", "two/far"}
+    assert len(dataset) == 5
 
 
 def test_a_users_own_folder_that_lacks_something(mini: ModuleType, tmp_path: Path) -> None:

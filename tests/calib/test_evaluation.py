@@ -166,6 +166,32 @@ def test_a_run_that_ends_in_the_middle_goes_on_to_the_same_figures(
     assert figures(again) == figures(whole)
 
 
+@pytest.mark.parametrize("part", ["labels", "images"])
+def test_changed_data_are_counted_anew(
+    many: FolderDataset, settings: EvaluationSettings, tmp_path: Path, part: str
+) -> None:
+    """The same names with repaired label maps, or other images, are another data set."""
+    first = evaluate(many, settings, folder=tmp_path / "out")
+    assert (first.from_journal, evaluate(many, settings, folder=tmp_path / "out").from_journal) == (0, 12)
+    path = tmp_path / f"own/{part}/shot-11.png"
+    with Image.open(path) as image:
+        changed = Image.fromarray(np.roll(np.asarray(image), 24, axis=1))
+    changed.save(path, compress_level=0)
+    found = evaluate(many, settings, folder=tmp_path / "out")
+    assert found.from_journal == 0
+    assert figures(found) == figures(evaluate(many, settings, folder=tmp_path / "fresh"))
+    assert figures(found) != figures(first)
+
+
+def test_another_version_counts_anew(
+    many: FolderDataset, settings: EvaluationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, limit=2)
+    evaluate(many, settings, folder=tmp_path)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "9.9")
+    assert evaluate(many, settings, folder=tmp_path).from_journal == 0
+
+
 def test_a_limit_can_be_raised(many: FolderDataset, settings: EvaluationSettings, tmp_path: Path) -> None:
     few = evaluate(many, replace(settings, limit=5), folder=tmp_path / "out")
     assert (few.total, few.counted) == (5, 5)

@@ -122,6 +122,75 @@ def test_a_damaged_annotation_is_named_and_the_others_are_made(tmp_path: Path) -
     assert outcome.problems == [("000000000139_instanceTrainIds.png", "run lengths cover 3 pixels, the image has 48")]
 
 
+def test_maps_of_two_sources_are_not_mixed(data: Path) -> None:
+    labels = data / "coco_stuff164k/annotations/val2017"
+    (labels.parent / "instances_val2017.json").write_text('{"images": [], "annotations": []}')
+    assert prepare_labels("coco_object", data, source="pixelmaps").written == 3
+    with pytest.raises(
+        InputError, match=r"were made from pixelmaps; to make them from instances, first delete .*Ids.png"
+    ):
+        prepare_labels("coco_object", data, source="instances")
+    again = prepare_labels("coco_object", data)
+    assert (again.kept, "annotations/val2017/**" in again.source) == (3, True)
+    (labels / "instanceTrainIds.source").unlink()  # made by other means
+    with pytest.raises(InputError, match="were made from a source that is not noted"):
+        prepare_labels("coco_object", data, source="pixelmaps")
+    assert prepare_labels("coco_object", data).source.endswith(
+        "(those that were there from a source that is not noted)"
+    )
+    for path in labels.glob("*_instanceTrainIds.png"):
+        path.unlink()
+    assert "instances_val2017.json" in prepare_labels("coco_object", data, source="instances").source
+
+
+def test_auto_goes_on_with_the_source_it_began_with(tmp_path: Path) -> None:
+    write_instances(tmp_path, [])
+    prepare_labels("coco_object", tmp_path, source="instances")
+    Image.new("L", (8, 6)).save(tmp_path / "annotations/val2017/000000000139.png")  # a pixel map, fetched later
+    found = prepare_labels("coco_object", tmp_path)
+    assert (found.kept, "instances_val2017.json" in found.source) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[1, 1, 6]], "a polygon is numbers x, y"),
+        ([["a", "b"]], "a polygon is numbers x, y"),
+        ([[1, float("inf"), 2, 2]], "not a finite number"),
+        ({"size": 6, "counts": [48]}, "run lengths are for 6"),
+        ({"size": [6, 8], "counts": ["a"]}, "run lengths are whole numbers"),
+        ({"size": [6, 8], "counts": [[48]]}, "run lengths cover"),
+    ],
+)
+def test_an_odd_annotation_is_named(tmp_path: Path, segmentation: object, message: str) -> None:
+    annotation = {"image_id": 139, "category_id": 1, "iscrowd": 0, "area": 1, "segmentation": segmentation}
+    write_instances(tmp_path, [annotation])
+    ((name, reason),) = prepare_labels("coco_object", tmp_path).problems
+    assert name == "000000000139_instanceTrainIds.png"
+    assert message in reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"height": None}, {"width": "wide"}, {"width": 0}, {"height": 1e9}, {"height": 1e999}]
+)
+def test_an_image_of_no_size_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    write_instances(tmp_path, [])
+    image = {"id": 139, "file_name": "a.jpg", "height": 6, "width": 8, **change}
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps({"images": [image]}))
+    with pytest.raises(InputError, match="is not laid out as expected"):
+        prepare_labels("coco_object", tmp_path)
+
+
+@pytest.mark.parametrize("lacking", ["height", "file_name", "phase"])
+def test_an_entry_of_context_that_lacks_something(data: Path, lacking: str) -> None:
+    path = data / "VOCdevkit/VOC2010/trainval_merged.json"
+    document = json.loads(path.read_text())
+    del document["images"][0][lacking]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"is not laid out as expected: KeyError '{lacking}'"):
+        prepare_labels("context", data)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

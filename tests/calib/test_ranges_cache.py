@@ -34,6 +34,13 @@ def test_what_was_measured_is_not_measured_again() -> None:
     assert measure.calls == 2
 
 
+def test_what_overflows_is_not_measured_again_either() -> None:
+    measure = Measure({"a": float("nan"), "b": [float("inf"), float("nan")]})
+    for _ in range(2):
+        assert str(remembered(KEY, measure)) == str(measure.values)
+    assert measure.calls == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [

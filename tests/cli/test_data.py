@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import Result
@@ -59,6 +60,16 @@ def test_new_colours(invoke: Invoke) -> None:
     plain = invoke("data", "world", "-o", "plain", "--scenes", "3", "--json")
     assert json.loads(plain.stdout)["labelled"] is None
     assert not Path("plain/labelled").exists()
+
+
+def test_a_source_is_given_to_the_one_of_all_that_has_two(invoke: Invoke, mini: ModuleType, tmp_path: Path) -> None:
+    mini.write_all(tmp_path / "data")
+    result = invoke("data", "prepare", "all", "--root", str(tmp_path / "data"), "--source", "pixelmaps")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 8
+    alone = invoke("data", "prepare", "cityscapes", "--root", str(tmp_path / "data"), "--source", "pixelmaps")
+    assert alone.exit_code == 1
+    assert "only coco_object can be made from two sources" in " ".join(alone.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,8 @@ def test_a_killed_run_goes_on(invoke: Invoke, here: Path, mini: ModuleType, mode
     assert 3 < kept < 12
     resumed, whole = (invoke(*arguments, "-o", folder) for folder in ("killed", "whole"))
     assert figures(resumed) == figures(whole)
+    assert f"{kept - 1} of 12 images are from the journal in killed/journal" in resumed.stderr
+    assert "from the journal" not in whole.stderr
     assert document(whole)["evaluations"][0]["images"] == {"total": 12, "counted": 12, "pending": 0}
     assert lines_of(here / "killed") == 12 + 2  # each file begins with a line of its own; no image is there twice
 

@@ -47,6 +47,14 @@ def test_no_two_overlays_share_a_name() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "names", [("photo.jpg", "photo.png", "photo.jpg.png"), ("photo.jpg", "photo"), ("a.b.c", "a.b", "a", "a.d")]
+)
+def test_a_short_name_is_no_others_long_name(names: tuple[str, ...]) -> None:
+    planned = plan(*(f"in/{name}" for name in names), output="out", many=True)
+    assert len(set(planned)) == len(names)
+
+
 @pytest.mark.parametrize("output", ["in/a.png", "in/../in/a.png", "link.png"])
 def test_an_input_is_never_overwritten(output: str) -> None:
     Path("link.png").symlink_to("in/a.png")

@@ -97,10 +97,36 @@ def test_more_readers_than_shards_are_refused_at_once(sources, tokenizer):
         PairBatches(sources, SMALL, tokenizer, 2, workers=5)
 
 
+def test_sources_are_listed_once_however_many_workers_there_are(sources, tokenizer, monkeypatch):
+    """Every worker lists its own part again; in this process one list says whether there is enough for all."""
+    listed = []
+
+    class Noting(pair_batches.PairReader):
+        def __init__(self, *args, reader, readers):
+            listed.append(reader)
+            super().__init__(*args, reader=reader, readers=readers)
+
+    monkeypatch.setattr(pair_batches, "PairReader", Noting)
+    PairBatches(sources, SMALL, tokenizer, 2, workers=4)
+    assert listed == [3]
+
+
 def test_a_position_of_other_workers_is_refused(sources, tokenizer):
     batches = PairBatches(sources, SMALL, tokenizer, 2)
     with pytest.raises(InputError, match="2 workers, but there are 1"):
         batches.position = {"turn": 0, "readers": [None, None]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_position_of_other_files_is_refused_in_one_line(sources, tokenizer, tmp_path, workers):
+    batches = PairBatches(sources, SMALL, tokenizer, 2, workers=workers)
+    batches.next()
+    position = batches.position
+    (tmp_path / "3.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:-512])
+    other = PairBatches(sources, SMALL, tokenizer, 2, workers=workers)
+    other.position = position
+    with pytest.raises(InputError, match=r"^the files of .* are not those that the run was reading"):
+        other.next()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -133,6 +159,22 @@ def test_without_any_augmentation_the_image_is_only_resized():
     image = np.full((16, 16, 3), 200, np.uint8)
     plain = Augmentation(AugmentationConfig(size=16, min_crop=1, flip=0, colour_jitter=0, rand_augment=0, erase=0))
     assert torch.allclose(plain(image, 0)[0], torch.tensor((200 - 123.675) / 58.395))
+
+
+def test_the_whole_image_is_kept():
+    """Red at the left and green at the right end of an oblong image, all of which is asked for."""
+    image = np.zeros((100, 300, 3), np.uint8)
+    image[:, :40], image[:, -40:] = (255, 0, 0), (0, 255, 0)
+    plain = Augmentation(AugmentationConfig(size=64, min_crop=1, flip=0, colour_jitter=0, rand_augment=0, erase=0))
+    red, green = (int((plain(image, 1)[i] > 1).sum()) for i in range(2))
+    assert red == green == pytest.approx(64 * 64 * 40 / 300, rel=0.1)
+
+
+def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Augmentation(SMALL)(np.zeros((40, 40, 3), np.uint8), 5)
+    assert seeded == []
 
 
 def test_one_pixel_and_grey_images_survive():

@@ -108,6 +108,54 @@ def test_a_position_is_gone_on_from(shards, taken):
     assert other.position == pairs.position
 
 
+def test_a_position_of_other_files_is_refused(shards, tmp_path):
+    shards(2)
+    pairs = reader(tmp_path / "*.tar")
+    captions(pairs, 3)
+    write_shard(tmp_path / "b.tar", {"x": good(100)})
+    with pytest.raises(InputError, match=r"\*.tar are not those that the run was reading.*--resume never"):
+        reader(tmp_path / "*.tar").position = pairs.position
+    (tmp_path / "b.tar").unlink()
+    write_shard(tmp_path / "a-00001.tar", {f"{i}": good(i) for i in range(90)})
+    with pytest.raises(InputError, match="names or sizes differ"):
+        reader(tmp_path / "*.tar").position = pairs.position
+
+
+def test_a_position_of_another_folder_or_csv_file_is_refused(tmp_path):
+    (tmp_path / "new").mkdir()
+    for i in range(2):
+        (tmp_path / f"new/{i}.png").write_bytes(jpeg(i))
+        (tmp_path / f"new/{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "a.csv").write_text("image,caption\nnew/0.png,zero\n")
+    for source, changed in (("new", "new/2.png"), ("a.csv", "a.csv")):
+        pairs = reader(tmp_path / source)
+        reader(tmp_path / source).position = pairs.position
+        (tmp_path / changed).write_text("image,caption\nnew/0.png,zero\nnew/1.png,one\n")
+        with pytest.raises(InputError, match=f"{source} are not those"):
+            reader(tmp_path / source).position = pairs.position
+
+
+def test_sources_that_are_moved_are_gone_on_with(shards, tmp_path):
+    shards(2)
+    pairs = reader(tmp_path / "*.tar")
+    captions(pairs, 3)
+    position = pairs.position
+    rest = captions(pairs, 13)
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("*.tar"):
+        path.rename(tmp_path / "moved" / path.name)
+    other = reader(tmp_path / "moved/*.tar")
+    other.position = position
+    assert captions(other, 13) == rest
+
+
+def test_an_older_position_is_taken_with_a_warning(shards, caplog):
+    pairs = reader(shards(1))
+    position = {key: value for key, value in pairs.position.items() if key != "files"}
+    pairs.position = position
+    assert "does not say of which files" in caplog.text
+
+
 def test_weights_say_how_often_a_source_is_drawn(shards, tmp_path):
     one, other = shards(1, name="one"), shards(1, name="two")
     sources = PairsConfig(sources=[one, other], weights=[3.0, 1.0])
@@ -130,6 +178,27 @@ def test_a_folder_and_a_csv_file_work_too(tmp_path):
     assert sorted(captions(reader(tmp_path / "pairs.csv"), 4)) == [f"picture {i}, really" for i in range(4)]
     parts = [captions(reader(folder, number=i, readers=2), 2) for i in range(2)]
     assert sorted(parts[0] + parts[1]) == [f"picture {i}" for i in range(4)]
+
+
+def test_names_in_a_folder_may_hold_dots(tmp_path):
+    for i, name in enumerate(("IMG.2020", "IMG.2021", "plain")):
+        (tmp_path / f"{name}.TIFF").write_bytes(jpeg(i))
+        (tmp_path / f"{name}.txt").write_text(f"picture {i}")
+        (tmp_path / f"._{name}.TIFF").write_bytes(b"what a Mac leaves")
+    pairs = reader(tmp_path)
+    assert sorted(captions(pairs, 3)) == [f"picture {i}" for i in range(3)]
+    assert not pairs.broken
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_columns_of_a_csv_file_are_found_by_preference(tmp_path, encoding):
+    """As in a parquet file: not the first that could be meant. Excel's byte order mark is none of the first name."""
+    (tmp_path / "x.png").write_bytes(jpeg(1))
+    table = "path,title,url,image,caption\nnone.png,STOCK-123,u,x.png,a dog\n"
+    (tmp_path / "a.csv").write_text(table, encoding=encoding)
+    assert captions(reader(tmp_path / "a.csv"), 1) == ["a dog"]
+    (tmp_path / "b.csv").write_text("image,caption\nx.png,a dog\n", encoding=encoding)
+    assert captions(reader(tmp_path / "b.csv"), 1) == ["a dog"]
 
 
 def test_what_is_broken_is_counted_and_passed_over(tmp_path):
@@ -168,6 +237,67 @@ def test_a_shard_cut_in_half_gives_what_stands_before_the_cut(shards, tmp_path):
     assert pairs.broken["shard"] > counted  # once an epoch
 
 
+def test_damaged_shards_are_named_once_and_too_many_stop_the_reading(shards, tmp_path, caplog):
+    pattern = shards(10)
+    for i in (3, 7):
+        (tmp_path / f"a-{i:05d}.tar").write_bytes(b"\0\1garbage" * 100)
+    pairs = reader(pattern, max_broken=0.2)
+    assert len(set(captions(pairs, 100))) == 32
+    named = [record.message for record in caplog.records if "is damaged: only 0 pairs" in record.message]
+    assert sorted(Path(line.split()[0]).name for line in named) == ["a-00003.tar", "a-00007.tar"]
+    with pytest.raises(InputError, match=r"2 of the 10 shards of .* are damaged, more than pairs.max_broken = 0.05"):
+        captions(reader(pattern), 100)
+
+
+def chained_long_names(archive: tarfile.TarFile) -> None:
+    for _ in range(1200):
+        member = tarfile.TarInfo("././@LongLink")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
+        archive.fileobj.write(member.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0"))
+
+
+def bad_sparse_map(archive: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo("0.png")
+    member.size = 512
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10"}
+    archive.addfile(member, io.BytesIO(b"x" * 512))
+
+
+def negative_size(archive: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo("0.png")
+    member.pax_headers = {"size": "-1536"}  # the next header would be this one again, for ever
+    archive.addfile(member)
+
+
+@pytest.mark.parametrize("damage", [chained_long_names, bad_sparse_map, negative_size])
+def test_damaged_headers_end_a_shard_and_not_the_training(shards, tmp_path, damage):
+    shards(1)
+    with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        damage(archive)
+    pairs = reader(tmp_path / "*.tar")
+    assert len(set(captions(pairs, 8))) == 4
+    assert [Path(name).name for name in pairs._sources[0].damaged] == ["bad.tar"]
+
+
+def test_a_sparse_member_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("0.png")
+        member.type = tarfile.GNUTYPE_SPARSE
+        buffer = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        buffer[386:410], buffer[483:495] = b"00000000000\0" + b"00000000012\0", b"00000000012\0"
+        buffer[148:156] = b"        "
+        buffer[148:156] = b"%06o\0 " % sum(buffer)
+        archive.fileobj.write(buffer)
+        archive.offset += len(buffer)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert [member.issparse() for member in archive] == [True]
+    content = (tmp_path / "a.tar").read_bytes()[:512] + write_shard(tmp_path / "b.tar", {"x": good(7)}).read_bytes()
+    (tmp_path / "a.tar").write_bytes(content)
+    pairs = reader(tmp_path / "a.tar")
+    assert captions(pairs, 2) == ["picture 7"] * 2
+    assert not pairs.broken
+
+
 def test_cut_anywhere_a_shard_gives_only_whole_images(shards, tmp_path):
     shards(1, pairs=3)
     content = (tmp_path / "a-00000.tar").read_bytes()
@@ -200,7 +330,7 @@ def test_a_source_without_a_pair_is_refused(tmp_path):
         ("a-{00000..00005}.tar", "4 of 6 files of .* do not exist"),
         ("notes.pdf", "is no .tar file"),
         ("none.csv", "does not exist"),
-        ("wrong.csv", "has no column image or filepath or path; its columns are a, b"),
+        ("wrong.csv", "has no column image or jpg .* or filepath or path; its columns are a, b"),
         ("empty", "has no pairs"),
     ],
 )

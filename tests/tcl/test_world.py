@@ -101,12 +101,21 @@ def test_every_word_of_captions_and_templates_is_known() -> None:
         ({"size": 8}, "shapes need at least 16"),
         ({"min_objects": 3, "max_objects": 2}, "objects in a scene"),
         ({"min_radius": 0.0}, "radii"),
+        (
+            {"size": 16, "min_radius": 0.01, "max_radius": 0.01},
+            "0.16 pixels of 16 .* min_radius must be 0.03125 or more",
+        ),
         ({"sibling": 1.5}, "sibling is 1.5"),
     ],
 )
 def test_impossible_worlds_are_refused(values: dict[str, float], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         WorldConfig(**values)  # type: ignore[arg-type]
+
+
+def test_the_smallest_objects_are_seen() -> None:
+    config = WorldConfig(size=16, min_radius=0.5 / 16, max_radius=0.5 / 16)
+    assert all(drawn.present for drawn in scenes(config, count=500))
 
 
 def test_negative_index_is_refused() -> None:
