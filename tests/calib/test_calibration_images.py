@@ -248,8 +248,8 @@ def test_nothing_is_left_in_the_cache_folder(photos: Callable[..., Path], tmp_pa
 
 
 def test_a_cache_folder_that_cannot_be_written(photos: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "home").touch()
-    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path / "home"))
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"cannot hold the calibration images .*name another folder in TCLKIT_HOME"):
         select_images(photos(6), size=SIZE)
 

@@ -80,8 +80,8 @@ def test_bytes_that_are_no_text(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_folder_that_cannot_be_written_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path / "file"))
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("TCLKIT_HOME", str(tmp_path))
     assert remembered(KEY, Measure()) == VALUES
     assert "cannot be kept" in caplog.text
     assert "measured again" in caplog.text
