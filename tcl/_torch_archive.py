@@ -145,7 +145,10 @@ _ALLOWED.update(
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to any memo index a file names
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"), encoding="utf-8")
+        pickled = archive.getinfo(f"{root}/data.pkl")
+        if pickled.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"{pickled.filename} is compressed")
+        super().__init__(archive.open(pickled), encoding="utf-8")
         self._archive = archive
         self._root = root
         self._storages: dict[str, torch.Tensor] = {}
@@ -189,6 +192,27 @@ def is_torchscript(path: str | Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return f"{root}/constants.pkl" in archive.namelist()
+
+
+def require_whole(path: str | Path) -> None:
+    """Compare every record of what torch.save wrote with its checksum, as torch.load does not.
+
+    A flipped bit would pass for a weight, and a compressed record may unpack to more than there is memory: torch.save
+    compresses none.
+
+    Raises:
+        zipfile.BadZipFile, or others of `DAMAGE`: a record is broken or compressed, or two share their bytes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        if compressed:
+            raise zipfile.BadZipFile(f"{compressed[0]} is compressed")
+        if sum(record.file_size for record in records) > Path(path).stat().st_size:
+            raise zipfile.BadZipFile("its records overlap")
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"checksum of {broken}")
 
 
 def read_archive(path: str | Path) -> Any:

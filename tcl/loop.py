@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tclkit.runtime.errors import CheckpointError, TrainingError, TrainingStoppedError
 from tclkit.runtime.files import atomic_file
 
+from ._torch_archive import require_whole
 from .arithmetic import Arithmetic
 from .batches import Batch, Batches
 from .config import StageConfig
@@ -267,6 +268,7 @@ class _Keeper:
         """Put everything back to where the checkpoint was written; returns the steps done."""
         stage, path = self._stage, self._path
         try:
+            require_whole(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise CheckpointError(f"{path} cannot be read ({error}); delete it to begin this stage anew") from error

@@ -130,6 +130,12 @@ def test_compressed_storages_are_refused(tmp_path):
         read_archive(tmp_path / "t.pt")
 
 
+def test_a_compressed_pickle_is_refused(tmp_path):
+    archive(tmp_path / "t.pt", b"\x80\x02]" + b"]0" * 1000 + b".", {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"is damaged \(t/data\.pkl is compressed"):
+        read_archive(tmp_path / "t.pt")
+
+
 @pytest.mark.parametrize("pickled", [b"", b"garbage", b"\x80\x02}q\x00(X\x01", b"\x80\x02K\x01\x81."])
 def test_broken_pickles_are_refused(pickled, tmp_path):
     archive(tmp_path / "t.pt", pickled, {})

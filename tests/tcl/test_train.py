@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,33 @@ def test_runs_from_before_the_tiles_can_go_on() -> None:
 def test_a_damaged_checkpoint_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "last-clip.pt").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(CheckpointError, match=r"last-clip\.pt cannot be read"):
+        train(tiny, run_folder=tmp_path)
+
+
+def _flip_a_bit_of_the_largest_record(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda one: one.file_size)
+        data = archive.read(record)
+    content = path.read_bytes()
+    place = content.index(data) + len(data) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "message"),
+    [
+        ("clip", "last-clip.pt", r"last-clip\.pt cannot be read \(checksum of .*delete it to begin this stage anew"),
+        ("grounder", "clip.pt", r"clip\.pt is damaged, .*checksum of"),
+        ("grounder", "last-grounder.pt", r"last-grounder\.pt cannot be read \(checksum of"),
+    ],
+)
+def test_a_flipped_bit_is_not_gone_on_from(
+    tiny: TrainConfig, tmp_path: Path, stage: str, name: str, message: str
+) -> None:
+    with pytest.raises(_StopError):
+        train(tiny, run_folder=tmp_path, progress=_stop_at(stage, 3))
+    _flip_a_bit_of_the_largest_record(tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
         train(tiny, run_folder=tmp_path)
 
 
