@@ -104,6 +104,7 @@ def run_stage(
     fingerprint: Mapping[str, Any],
     save_every: int,
     progress: ProgressCallback | None = None,
+    before: Sequence[Callable[[int], None]] = (),
     after: Sequence[StepCallback] = (),
     average: MovingAverage | None = None,
     stop: StopRequest | None = None,
@@ -118,6 +119,7 @@ def run_stage(
         fingerprint: plain values that decide the outcome; a checkpoint of others is refused.
         save_every: steps between checkpoints.
         progress: called after every step.
+        before: called once with the steps that are done already, on every process, when the checkpoint was accepted.
         after: called after every step, on every process, before its checkpoint.
         average: of the model's weights, updated after every step and kept in the checkpoints.
         stop: asked after every step; when any process was asked to stop, all save a checkpoint and end.
@@ -130,6 +132,8 @@ def run_stage(
     path = run_folder / f"last-{stage.name}.pt"
     keeper = _Keeper(stage, path, fingerprint, average)
     step = keeper.restore() if path.exists() else 0
+    for prepare in before:
+        prepare(step)
     pairs = pairs_of_a_step(stage.settings)
     while step < stage.settings.steps:
         values = train_step(stage, step, run_folder, stop)

@@ -62,6 +62,19 @@ _SINCE_0_1: Mapping[str, Mapping[str, Any]] = {
     "clip_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
     "grounder_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
 }
+_OWN_FILES = (
+    "config.json",
+    "log.jsonl",
+    "last-clip.pt",
+    "clip.pt",
+    "last-grounder.pt",
+    "step-*.pt",
+    "best.pt",
+    "validation.jsonl",
+    "tcl.pt",
+    "evaluation.json",
+    "broken-batch-*.pt",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +111,7 @@ def train(
         progress: called after every step of every stage.
 
     Raises:
-        ConfigError: the configuration does not fit itself, or this machine.
+        ConfigError: the configuration does not fit itself or this machine, or its start is a file of this run.
         CheckpointError: the folder holds the run of another configuration, or a start cannot be read.
         InputError: the pairs cannot be found, or too many of them are broken.
         TrainingError: a loss is not finite.
@@ -124,12 +137,18 @@ class _Run:
         self.checkpoint = folder / "tcl.pt"
 
     def open(self, resume: Literal["auto", "never"]) -> None:
+        _require_start_stays(self._config, self._folder, resume)
         if current_place().is_first:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_temporaries(self._folder)
             if resume == "never":
                 _clear(self._folder)
-            _write_json(self._folder / "config.json", self._config.to_dict())
         wait_for_all()
+
+    def _note_config(self, step: int) -> None:
+        """Written once a stage goes on or begins: a run that is refused leaves the other's configuration."""
+        if current_place().is_first:
+            _write_json(self._folder / "config.json", self._config.to_dict())
 
     def started_model(self) -> tuple[TCL, Facts]:
         config = self._config
@@ -167,6 +186,7 @@ class _Run:
             fingerprint=fingerprint,
             save_every=config.save_every,
             progress=self._progress,
+            before=[self._note_config],
             stop=self._stop,
         )
         clip = clip.cpu()
@@ -190,6 +210,7 @@ class _Run:
                 fingerprint=grounder_fingerprint(config),
                 save_every=config.save_every,
                 progress=self._progress,
+                before=[self._note_config],
                 after=[watch.after_step],
                 average=self._average,
                 stop=self._stop,
@@ -294,16 +315,34 @@ def _write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _require_start_stays(config: TrainConfig, folder: Path, resume: Literal["auto", "never"]) -> None:
+    """Refuse a start that this run would remove, or write over."""
+    named = {"checkpoint": config.checkpoint} | (
+        {"clip_checkpoint": config.clip_checkpoint} if resume == "never" else {}
+    )
+    own = {path.resolve() for path in _own_files(folder)}
+    for key, source in named.items():
+        if source and Path(source).resolve() in own:
+            raise ConfigError(
+                f"{key} {source} is one of the files of the run in {folder}, which would not keep it; choose another "
+                "run folder, or copy it to elsewhere",
+                key=key,
+            )
+
+
 def _clear(folder: Path) -> None:
     for path in _own_files(folder):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
+def _remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left beside its files."""
+    for pattern in _OWN_FILES:
+        for path in folder.glob(f".{pattern}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def _own_files(folder: Path) -> Iterator[Path]:
-    names = (
-        "config.json log.jsonl last-clip.pt clip.pt last-grounder.pt best.pt validation.jsonl tcl.pt evaluation.json"
-    )
-    yield from (folder / name for name in names.split())
-    for pattern in ("step-*.pt", "broken-batch-*.pt"):
+    for pattern in _OWN_FILES:
         yield from folder.glob(pattern)

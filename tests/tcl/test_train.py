@@ -7,6 +7,7 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -118,9 +119,15 @@ def test_kill_minus_nine_leaves_a_folder_to_go_on_from(tmp_path: Path) -> None:
         steps.append(progress.step)
         raise _StopError
 
+    orphan = tmp_path / "run" / ".last-clip.pt.77-0011aabb.tmp"  # as if it had been killed while it wrote
+    theirs = tmp_path / "run" / ".notes.77-0011aabb.tmp"
+    orphan.touch()
+    theirs.touch()
     with pytest.raises(_StopError):
         train(load_config("tcl-shapes", overrides), run_folder=tmp_path / "run", progress=callback)
     assert steps[0] > 2
+    assert not orphan.exists()
+    assert theirs.exists()
 
 
 def test_a_finished_run_is_not_trained_again(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -137,6 +144,7 @@ def test_another_configuration_is_refused(tiny: TrainConfig, tmp_path: Path) -> 
     other = replace(tiny, seed=7)
     with pytest.raises(CheckpointError, match=r"another configuration.*--resume never"):
         train(other, run_folder=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == tiny.seed  # that of the run that is there
     with pytest.raises(_StopError):
         train(other, run_folder=tmp_path, resume="never", progress=_stop_at("clip", 1))
 
@@ -152,6 +160,26 @@ def test_a_damaged_checkpoint_is_named(tiny: TrainConfig, tmp_path: Path) -> Non
     (tmp_path / "last-clip.pt").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(CheckpointError, match=r"last-clip\.pt cannot be read"):
         train(tiny, run_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "resume"),
+    [
+        ("checkpoint", "tcl.pt", "never"),
+        ("checkpoint", "step-2.pt", "auto"),
+        ("clip_checkpoint", "clip.pt", "never"),
+    ],
+)
+def test_a_run_does_not_remove_its_own_start(
+    tiny: TrainConfig, tmp_path: Path, key: str, name: str, resume: Literal["auto", "never"]
+) -> None:
+    start = tmp_path / name
+    start.write_bytes(b"hours of work")
+    (tmp_path / "link").symlink_to(tmp_path)
+    config = replace(tiny, **{key: str(start)})
+    with pytest.raises(ConfigError, match=rf"{key} .*{name} is one of the files of the run in .*another run folder"):
+        train(config, run_folder=tmp_path / "link", resume=resume)
+    assert start.exists()
 
 
 def _flip_a_bit_of_the_largest_record(path: Path) -> None:
