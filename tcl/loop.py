@@ -305,12 +305,17 @@ def _is_frozen(stage: Stage, name: str) -> bool:
 
 
 def _frozen_digest(stage: Stage) -> str:
-    """SHA-256 of all that never changes, so that a run does not go on upon another CLIP."""
+    """Of all that never changes, so that a run does not go on upon another CLIP."""
+    state = stage.model.state_dict()
+    return digest_of_tensors({name: tensor for name, tensor in state.items() if _is_frozen(stage, name)})
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of names and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(stage.model.state_dict().items()):
-        if _is_frozen(stage, name):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ A run that was interrupted, even killed, goes on with the same command and ends 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -31,20 +32,20 @@ from typing import Any, Literal
 import torch
 from open_clip.model import CLIP
 
-from tclkit.runtime.errors import ConfigError
+from tclkit.runtime.errors import CheckpointError, ConfigError
 from tclkit.runtime.files import atomic_file
 from tclkit.runtime.tokenizer import Tokenizer
 
 from .arithmetic import Arithmetic
 from .batches import Batches, WorldBatches
-from .checkpoint import save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import StageConfig, TrainConfig
 from .distributed import current_place, wait_for_all
 from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
-from .loop import ProgressCallback, run_stage
+from .loop import ProgressCallback, digest_of_tensors, run_stage
 from .model import TCL
 from .moving_average import MovingAverage
 from .pair_batches import PairBatches
@@ -53,6 +54,7 @@ from .stopping import StopRequest, stop_on_signals
 from .tokenizer_file import vocabulary_size
 from .watch import Watch
 
+_MADE_OF = "made_of"  # key of a digest, in tcl.pt and evaluation.json
 _GROUNDER_FIRST_SCENE = 1 << 40  # far from every scene that CLIP saw
 
 # Choices that came after version 0.1, and what it did: they are left out of fingerprints where they ask for just that,
@@ -218,18 +220,20 @@ class _Run:
         return dict(batches.broken) if isinstance(batches, PairBatches) else {}
 
     def finish(self, model: TCL, facts: Facts) -> list[WorldScore]:
-        """Write the finished model and, in the world, judge it."""
+        """Write the finished model and, in the world, judge it; what stands already is made anew if it is of others."""
         config = self._config
         with self._averaged_weights():
+            made_of = _digest(model, _extra(config, facts))
+            is_made = _made_of(self.checkpoint) == made_of
             if config.world is None:
-                if not self.checkpoint.exists():
-                    self._save(self.checkpoint, model, facts, {})
+                if not is_made:
+                    self._save(self.checkpoint, model, facts, {_MADE_OF: made_of})
                 return []
             tokenizer = facts.tokenizer(model.config.clip.context_length)
-            if not self.checkpoint.exists():
+            if not is_made:
                 thresholds = choose_thresholds(model, tokenizer, config, progress=self._progress)
-                self._save(self.checkpoint, model, facts, {"thresholds": thresholds})
-            return self._scores(model, tokenizer)
+                self._save(self.checkpoint, model, facts, {"thresholds": thresholds, _MADE_OF: made_of})
+            return self._scores(model, tokenizer, made_of)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
@@ -237,15 +241,16 @@ class _Run:
     def _save(self, path: Path, model: TCL, facts: Facts, more: Mapping[str, Any]) -> None:
         save_checkpoint(path, model, extra={**_extra(self._config, facts), **more})
 
-    def _scores(self, model: TCL, tokenizer: Tokenizer) -> list[WorldScore]:
+    def _scores(self, model: TCL, tokenizer: Tokenizer, made_of: str) -> list[WorldScore]:
         path = self._folder / "evaluation.json"
-        settings = dataclasses.asdict(self._config.evaluation)
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["evaluation"] == settings:
+            if stored.get(_MADE_OF) == made_of:
                 return [WorldScore(**row) for row in stored["scores"]]
         scores = evaluate_on_world(model, tokenizer, self._config, progress=self._progress)
-        _write_json(path, {"evaluation": settings, "scores": [dataclasses.asdict(score) for score in scores]})
+        settings = dataclasses.asdict(self._config.evaluation)
+        rows = [dataclasses.asdict(score) for score in scores]
+        _write_json(path, {"evaluation": settings, _MADE_OF: made_of, "scores": rows})
         return scores
 
 
@@ -296,6 +301,20 @@ def _extra(config: TrainConfig, facts: Facts) -> dict[str, Any]:
         **facts.to_extra(),
         "train_config": config.to_dict(),
     }
+
+
+def _digest(model: TCL, extra: Mapping[str, Any]) -> str:
+    """Of all that a finished model and its scores are made of."""
+    content = [digest_of_tensors(model.state_dict()), model.config.to_dict(), extra]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _made_of(path: Path) -> str | None:
+    """The digest in a finished model; None where there is none that can be read: such a model is made anew."""
+    try:
+        return load_checkpoint(path)["extra"].get(_MADE_OF)
+    except CheckpointError:
+        return None
 
 
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:

@@ -138,6 +138,32 @@ def test_a_finished_run_is_not_trained_again(tiny: TrainConfig, tmp_path: Path) 
     assert again.scores == first.scores
 
 
+def test_a_finished_model_of_another_choice_is_made_anew(tiny: TrainConfig, tmp_path: Path) -> None:
+    """What fingerprints leave out, as it does not change the weights, changes what is made of them."""
+    first = train(tiny, run_folder=tmp_path)
+    other = replace(tiny, name="other", grounder=replace(tiny.grounder, kp_w=0.7))
+    again = train(other, run_folder=tmp_path, progress=_stop_at("grounder", 1))
+    content = load_checkpoint(again.checkpoint)
+    assert (content["config"]["kp_w"], content["extra"]["name"]) == (0.7, "other")
+    assert {s.method for s in again.scores} - {s.method for s in first.scores} == {
+        "TCL + 0.7 KP",
+        "TCL + PAMR + 0.7 KP",
+    }
+
+
+def test_a_new_training_replaces_the_finished_model(tiny: TrainConfig, tmp_path: Path) -> None:
+    """Begun by removing last-grounder.pt, as the message for a damaged one says."""
+    checkpoint = train(tiny, run_folder=tmp_path).checkpoint
+    before = _weights(checkpoint)
+    (tmp_path / "last-grounder.pt").unlink()
+    faster = replace(tiny, grounder_training=replace(tiny.grounder_training, lr=0.01))
+    train(faster, run_folder=tmp_path)
+    trained = torch.load(tmp_path / "last-grounder.pt")["model"]
+    after = _weights(checkpoint)
+    assert all(torch.equal(after[name], trained[name]) for name in trained)
+    assert any(not torch.equal(after[name], before[name]) for name in trained)
+
+
 def test_another_configuration_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(_StopError):
         train(tiny, run_folder=tmp_path, progress=_stop_at("clip", 3))
