@@ -22,12 +22,15 @@ from .batches import Batch, Batches
 from .config import StageConfig
 from .diagnosis import diagnosis, save_batch
 from .distributed import current_place, gather_values, mean_over_processes
+from .journal import add_to_journal, cut_journal
 from .moving_average import MovingAverage
 from .schedule import learning_rate, scaled_learning_rate
 from .stopping import StopRequest
 
 _LOG_EVERY = 10
 _STOP = "stop"
+# A gradient that is not finite even so is no overflow of fp16. Source: fairseq's min_loss_scale.
+_LEAST_LOSS_SCALE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +118,8 @@ def run_stage(
 
     Args:
         stage: what to optimise; its model holds the result.
-        run_folder: gets last-NAME.pt every `save_every` steps and a line of log.jsonl every ten.
+        run_folder: gets last-NAME.pt every `save_every` steps and a line of log.jsonl every ten; lines of steps that
+            are taken again go.
         fingerprint: plain values that decide the outcome; a checkpoint of others is refused.
         save_every: steps between checkpoints.
         progress: called after every step.
@@ -130,8 +134,11 @@ def run_stage(
         TrainingStoppedError: a signal asked for it.
     """
     path = run_folder / f"last-{stage.name}.pt"
+    log = run_folder / "log.jsonl"
     keeper = _Keeper(stage, path, fingerprint, average)
     step = keeper.restore() if path.exists() else 0
+    if current_place().is_first:
+        cut_journal(log, lambda row: row.get("stage") != stage.name or row.get("step", 0) <= step)
     for prepare in before:
         prepare(step)
     pairs = pairs_of_a_step(stage.settings)
@@ -155,7 +162,7 @@ def run_stage(
                 )
             )
         if first and (step % _LOG_EVERY == 0 or is_last):
-            _log(run_folder / "log.jsonl", {"stage": stage.name, "step": step, "time": time.time(), **values})
+            add_to_journal(log, {"stage": stage.name, "step": step, "time": time.time(), **values})
         for callback in after:
             callback(step, values)
         if step % save_every == 0 or is_last or stopped:
@@ -192,7 +199,7 @@ def train_step(stage: Stage, step: int, run_folder: Path, stop: StopRequest | No
         The losses, their sum, the gradient's norm and so on, means over the processes.
 
     Raises:
-        TrainingError: a loss or, but for fp16, a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite; with fp16 a gradient only when no loss scale helps.
     """
     settings, scaler = stage.settings, stage.arithmetic.scaler
     _set_learning_rate(stage.optimizer, settings, step)
@@ -207,7 +214,8 @@ def train_step(stage: Stage, step: int, run_folder: Path, stop: StopRequest | No
     scaler.unscale_(stage.optimizer)
     learned = [p for p in stage.model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(learned, settings.clip_grad)
-    if not scaler.is_enabled() and not math.isfinite(norm.item()):  # a scaler passes such steps over
+    scale_helps = scaler.is_enabled() and scaler.get_scale() > _LEAST_LOSS_SCALE  # the scaler passes the step over
+    if not math.isfinite(norm.item()) and not scale_helps:
         raise _not_finite(stage, step, run_folder, f"the gradient of {stage.name} step {step} is {norm.item()}")
     scaler.step(stage.optimizer)
     scaler.update()
@@ -317,8 +325,3 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _log(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")

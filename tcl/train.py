@@ -212,7 +212,7 @@ class _Run:
                 fingerprint=grounder_fingerprint(config),
                 save_every=config.save_every,
                 progress=self._progress,
-                before=[self._note_config],
+                before=[self._note_config, watch.before_steps],
                 after=[watch.after_step],
                 average=self._average,
                 stop=self._stop,
