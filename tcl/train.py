@@ -134,7 +134,10 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, progress: ProgressCallback | None, stop: StopRequest) -> None:
         self._config, self._folder, self._progress, self._stop = config, folder, progress, stop
-        self._arithmetic = Arithmetic(config.device, config.precision)
+        # One for each stage: a loss scale is no other stage's, whether the run is interrupted between them or not.
+        self._clip_arithmetic, self._grounder_arithmetic = (
+            Arithmetic(config.device, config.precision) for _ in range(2)
+        )
         self._average: MovingAverage | None = None
         self.checkpoint = folder / "tcl.pt"
 
@@ -181,7 +184,7 @@ class _Run:
         clip = build_clip(sizes)
         assert config.world is not None  # where there is a CLIP to train there is a world
         batches = WorldBatches(config.world, facts.tokenizer(sizes.context_length), settings.batch_size)
-        stage = ClipStage(settings, config.world, config.curriculum, clip, batches, self._arithmetic)
+        stage = ClipStage(settings, config.world, config.curriculum, clip, batches, self._clip_arithmetic)
         run_stage(
             stage,
             self._folder,
@@ -201,7 +204,7 @@ class _Run:
         """Train to the end; returns the pairs that were passed over, by reason."""
         config, settings = self._config, self._config.grounder_training
         batches = grounder_batches(config, facts.tokenizer(model.config.clip.context_length))
-        stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._arithmetic)
+        stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._grounder_arithmetic)
         self._average = MovingAverage(model, settings.ema) if settings.ema else None
         with contextlib.closing(
             Watch(config, self._folder, stage, facts, averaged=self._averaged_weights, save=self._save)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -96,6 +97,26 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny: TrainConfig, tmp_path:
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_cut_between_its_stages_ends_with_the_same_bits(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp16 each stage has a loss scale of its own, whatever the one before has come to."""
+    quick = functools.partial(torch.amp.GradScaler, init_scale=16.0, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", quick)
+    half = replace(tiny, precision="fp16", grounder_training=replace(tiny.grounder_training, steps=10))
+    scales = []
+    for name in ("whole", "cut"):
+        if name == "cut":
+            with pytest.raises(_StopError):
+                train(half, run_folder=tmp_path / name, progress=_stop_at("grounder", 1))
+        with pytest.raises(_StopError):
+            train(half, run_folder=tmp_path / name, progress=_stop_at("threshold", 4))
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        scales.append([(row["stage"], row["step"], row["loss_scale"]) for row in rows])
+    assert scales[0] == scales[1]
+    assert [row[:2] for row in scales[0]] == [("clip", 6), ("grounder", 10)]
 
 
 def test_kill_minus_nine_leaves_a_folder_to_go_on_from(tmp_path: Path) -> None:
