@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -146,6 +146,8 @@ _ALLOWED.update(
 
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to any memo index a file names
+    stack: list[Any]
+
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         pickled = archive.getinfo(f"{root}/data.pkl")
         if pickled.compress_type != zipfile.ZIP_STORED:
@@ -168,7 +170,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to 
         elif not isinstance(self.stack[-1], (dict, torch.Tensor)):  # what torch adds to those is nothing to us
             raise pickle.UnpicklingError(f"a state for {self.stack[-1]!r:.80}")
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _load_build}
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _load_build}
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         kind, dtype, key, _device, count = pid

@@ -315,9 +315,10 @@ def _digest(model: TCL, extra: Mapping[str, Any]) -> str:
 def _made_of(path: Path) -> str | None:
     """The digest in a finished model; None where there is none that can be read: such a model is made anew."""
     try:
-        return load_checkpoint(path)["extra"].get(_MADE_OF)
+        found = load_checkpoint(path)["extra"].get(_MADE_OF)
     except CheckpointError:
         return None
+    return found if isinstance(found, str) else None
 
 
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:

@@ -121,9 +121,11 @@ class Watch:
 
 def _on_the_same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two validations looked at the same images; those of version 0.1 do not name their folder."""
-    same_folder = row.get("data", other["data"]) == other["data"]
-    same_count = row.get("images", {}).get("total") == other["images"]["total"]
-    return same_folder and same_count and row.get("benchmark") == other["benchmark"]
+    ours, theirs = (
+        (one.get("benchmark"), one.get("images", {}).get("total"), one.get("data", other["data"]))
+        for one in (row, other)
+    )
+    return ours == theirs
 
 
 def _is_due(step: int, every: int) -> bool:
