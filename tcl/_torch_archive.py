@@ -170,7 +170,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to 
         elif not isinstance(self.stack[-1], (dict, torch.Tensor)):  # what torch adds to those is nothing to us
             raise pickle.UnpicklingError(f"a state for {self.stack[-1]!r:.80}")
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _load_build}
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _load_build}
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         kind, dtype, key, _device, count = pid

@@ -37,8 +37,8 @@ _LEAST_LOSS_SCALE = 1e-4
 class TrainProgress:
     """What a progress display needs after each step.
 
-    stage: "clip", "grounder", "threshold", "validation" or "evaluation"; step, steps: done and in all; losses: of this
-        step.
+    stage: "clip" or "grounder", whose steps are optimiser steps; "threshold" or "evaluation", whose steps are scenes.
+    step, steps: done and in all; losses: of this step.
     pairs: that the step took over all processes; memory_bytes: the most used so far. 0 where it means nothing.
     """
 
@@ -168,13 +168,14 @@ def run_stage(
         if step % save_every == 0 or is_last or stopped:
             keeper.save(step)
         if stopped and not is_last:
-            _stop(stage, step, stop)
+            raise stopped_error(stage.name, step, stage.settings.steps, stop)
 
 
-def _stop(stage: Stage, step: int, stop: StopRequest | None) -> None:
+def stopped_error(stage: str, step: int, steps: int, stop: StopRequest | None) -> TrainingStoppedError:
+    """What ends a run that was asked to stop; on a process that no signal reached it counts as SIGTERM."""
     number = stop.signal_number if stop is not None and stop.signal_number else int(signal.SIGTERM)
-    raise TrainingStoppedError(
-        f"stopped by {signal.Signals(number).name} after {stage.name} step {step} of {stage.settings.steps}; "
+    return TrainingStoppedError(
+        f"stopped by {signal.Signals(number).name} after {stage} step {step} of {steps}; "
         "a checkpoint was written, and the same command goes on from there",
         signal_number=number,
         step=step,

@@ -24,6 +24,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +43,10 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import StageConfig, TrainConfig
-from .distributed import current_place, wait_for_all
+from .distributed import current_place, gather_values, wait_for_all
 from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
-from .loop import ProgressCallback, digest_of_tensors, run_stage
+from .loop import ProgressCallback, TrainProgress, digest_of_tensors, run_stage, stopped_error
 from .model import TCL
 from .moving_average import MovingAverage
 from .pair_batches import PairBatches
@@ -84,7 +85,7 @@ class TrainingResult:
     """What a run leaves behind.
 
     checkpoint: the finished model. scores: the final evaluation in the world; none for pairs. seconds: this call took.
-    broken: pairs that were passed over, by reason.
+    broken: pairs that all processes passed over, by reason.
     """
 
     checkpoint: Path
@@ -104,7 +105,7 @@ def train(
 
     Over several processes (torchrun) every process calls it with the same folder on a disk that all see. The first one
     writes, evaluates and reports; on the others the result has no scores and its checkpoint may not be written yet.
-    SIGINT and SIGTERM end it after a step, with a checkpoint.
+    SIGINT and SIGTERM end it after a step, with a checkpoint, and between two batches of the evaluation.
 
     Args:
         config: the whole recipe.
@@ -175,11 +176,7 @@ class _Run:
         finished = self._folder / "clip.pt"
         if finished.exists():
             return _own_clip(finished, sizes, fingerprint)
-        if current_place().count > 1:
-            raise ConfigError(
-                "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
-                key="clip_checkpoint",
-            )
+        require_one_process()
         torch.manual_seed(config.seed)
         clip = build_clip(sizes)
         assert config.world is not None  # where there is a CLIP to train there is a world
@@ -201,7 +198,7 @@ class _Run:
         return clip.eval()
 
     def train_grounder(self, model: TCL, facts: Facts) -> dict[str, int]:
-        """Train to the end; returns the pairs that were passed over, by reason."""
+        """Train to the end; returns the pairs that all processes passed over, by reason."""
         config, settings = self._config, self._config.grounder_training
         batches = grounder_batches(config, facts.tokenizer(model.config.clip.context_length))
         stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._grounder_arithmetic)
@@ -220,7 +217,8 @@ class _Run:
                 average=self._average,
                 stop=self._stop,
             )
-        return dict(batches.broken) if isinstance(batches, PairBatches) else {}
+        own = dict(batches.broken) if isinstance(batches, PairBatches) else {}
+        return dict(sum(map(Counter, gather_values(own)), Counter()))
 
     def finish(self, model: TCL, facts: Facts) -> list[WorldScore]:
         """Write the finished model and, in the world, judge it; what stands already is made anew if it is of others."""
@@ -234,9 +232,16 @@ class _Run:
                 return []
             tokenizer = facts.tokenizer(model.config.clip.context_length)
             if not is_made:
-                thresholds = choose_thresholds(model, tokenizer, config, progress=self._progress)
+                thresholds = choose_thresholds(model, tokenizer, config, progress=self._tell_or_stop)
                 self._save(self.checkpoint, model, facts, {"thresholds": thresholds, _MADE_OF: made_of})
             return self._scores(model, tokenizer, made_of)
+
+    def _tell_or_stop(self, progress: TrainProgress) -> None:
+        """Progress of what follows the training, which a signal may end too."""
+        if self._progress:
+            self._progress(progress)
+        if self._stop.signal_number:
+            raise stopped_error(progress.stage, progress.step, progress.steps, self._stop)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
@@ -250,11 +255,20 @@ class _Run:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored.get(_MADE_OF) == made_of:
                 return [WorldScore(**row) for row in stored["scores"]]
-        scores = evaluate_on_world(model, tokenizer, self._config, progress=self._progress)
+        scores = evaluate_on_world(model, tokenizer, self._config, progress=self._tell_or_stop)
         settings = dataclasses.asdict(self._config.evaluation)
         rows = [dataclasses.asdict(score) for score in scores]
         _write_json(path, {"evaluation": settings, _MADE_OF: made_of, "scores": rows})
         return scores
+
+
+def require_one_process() -> None:
+    """Refuse to train a CLIP by several processes."""
+    if current_place().count > 1:
+        raise ConfigError(
+            "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
+            key="clip_checkpoint",
+        )
 
 
 def grounder_batches(config: TrainConfig, tokenizer: Tokenizer) -> Batches:

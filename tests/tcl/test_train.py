@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tclkit.tcl.train as train_module
-from tclkit.runtime.errors import CheckpointError, ConfigError, TrainingError
+from tclkit.runtime.errors import CheckpointError, ConfigError, TrainingError, TrainingStoppedError
 from tclkit.tcl.checkpoint import load_checkpoint, load_model
 from tclkit.tcl.config import TrainConfig, load_config
 from tclkit.tcl.distributed import Place
@@ -273,6 +273,18 @@ def test_a_clip_is_not_trained_by_several_processes(
     monkeypatch.setattr(train_module, "current_place", lambda: Place(0, 2))
     with pytest.raises(ConfigError, match=r"trained by one process.*clip_checkpoint"):
         train(tiny, run_folder=tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["threshold", "evaluation"])
+def test_a_signal_ends_the_evaluation_too_and_the_run_goes_on(tiny: TrainConfig, tmp_path: Path, stage: str) -> None:
+    def interrupt(progress: TrainProgress) -> None:
+        if progress.stage == stage:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingStoppedError, match=rf"stopped by SIGINT after {stage} step 4 of \d; .*goes on"):
+        train(tiny, run_folder=tmp_path, progress=interrupt)
+    assert (tmp_path / "tcl.pt").exists() == (stage == "evaluation")
+    assert train(tiny, run_folder=tmp_path).scores
 
 
 def test_another_runs_clip_can_be_taken(tiny: TrainConfig, tmp_path: Path) -> None:
