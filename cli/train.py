@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,23 +74,26 @@ def train(
 
     settings = load_config(config, overrides or [])
     folder = run_folder or Path("runs") / settings.name
-    if dry_run:
-        from tclkit.tcl.dry_run import dry_run as try_out
-
-        _show(try_out(settings), as_json=json_output)
-        return
     with process_group() as place:
-        if not place.is_first:
-            train_model(settings, run_folder=folder, resume=resume.value)
+        if dry_run:
+            from tclkit.tcl.dry_run import dry_run as try_out
+
+            found = try_out(settings)
+            if place.is_first:
+                _show(found, as_json=json_output)
             return
-        shared = f" with {place.count} processes" if place.count > 1 else ""
-        say(f"training {settings.name} in {folder}{shared}; an interrupted run goes on with the same command")
+        if place.is_first:
+            shared = f" with {place.count} processes" if place.count > 1 else ""
+            say(f"training {settings.name} in {folder}{shared}; an interrupted run goes on with the same command")
         try:
-            with training_display() as progress:
+            with training_display() if place.is_first else nullcontext() as progress:
                 result = train_model(settings, run_folder=folder, resume=resume.value, progress=progress)
         except TrainingStoppedError as stopped:
-            say(stopped.message)
+            if place.is_first:
+                say(stopped.message)
             raise typer.Exit(_SIGNALLED + int(str(stopped.values["signal_number"]))) from stopped
+        if not place.is_first:
+            return
     if json_output:
         print_json(_document(result))
     else:

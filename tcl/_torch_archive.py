@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,8 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+_MOST_VALUES, _DEEPEST = 100_000, 100
 
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
 
@@ -144,8 +146,13 @@ _ALLOWED.update(
 
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to any memo index a file names
+    stack: list[Any]
+
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"), encoding="utf-8")
+        pickled = archive.getinfo(f"{root}/data.pkl")
+        if pickled.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"{pickled.filename} is compressed")
+        super().__init__(archive.open(pickled), encoding="utf-8")
         self._archive = archive
         self._root = root
         self._storages: dict[str, torch.Tensor] = {}
@@ -154,6 +161,16 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C gives memory to 
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         return _ALLOWED.get((module, name)) or _inert_class(f"{module}.{name}")
+
+    def _load_build(self) -> None:
+        """BUILD gives an object its state: here only stand-ins take one, which would else change our own functions."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].__setstate__(state)
+        elif not isinstance(self.stack[-1], (dict, torch.Tensor)):  # what torch adds to those is nothing to us
+            raise pickle.UnpicklingError(f"a state for {self.stack[-1]!r:.80}")
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _load_build}
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         kind, dtype, key, _device, count = pid
@@ -191,6 +208,27 @@ def is_torchscript(path: str | Path) -> bool:
         return f"{root}/constants.pkl" in archive.namelist()
 
 
+def require_whole(path: str | Path) -> None:
+    """Compare every record of what torch.save wrote with its checksum, as torch.load does not.
+
+    A flipped bit would pass for a weight, and a compressed record may unpack to more than there is memory: torch.save
+    compresses none.
+
+    Raises:
+        zipfile.BadZipFile, or others of `DAMAGE`: a record is broken or compressed, or two share their bytes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        if compressed:
+            raise zipfile.BadZipFile(f"{compressed[0]} is compressed")
+        if sum(record.file_size for record in records) > Path(path).stat().st_size:
+            raise zipfile.BadZipFile("its records overlap")
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"checksum of {broken}")
+
+
 def read_archive(path: str | Path) -> Any:
     """Read what torch.save or torch.jit.save wrote, with `Inert` in place of every object that is not plain data.
 
@@ -209,28 +247,67 @@ def read_archive(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
 
 
-def state_dict_from_modules(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Names and tensors of a TorchScript module tree, as `read_archive` gives it: {"visual.proj": tensor, ...}."""
+def state_dict_from_modules(module: Any) -> dict[str, torch.Tensor]:
+    """Names and tensors of a TorchScript module tree, as `read_archive` gives it: {"visual.proj": tensor, ...}.
+
+    Raises:
+        CheckpointError: modules hold themselves, or each other many times over.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    state = module.state if isinstance(module, Inert) and isinstance(module.state, dict) else {}
-    for name, value in state.items():
-        if not isinstance(name, str):
-            continue
-        if isinstance(value, torch.Tensor):
-            tensors[prefix + name] = value
-        elif isinstance(value, Inert):
-            tensors.update(state_dict_from_modules(value, f"{prefix}{name}."))
+    visits = _Visits()
+
+    def collect(module: Inert, prefix: str, depth: int) -> None:
+        visits.count(depth)
+        for name, value in module.state.items() if isinstance(module.state, dict) else ():
+            if isinstance(name, str) and isinstance(value, torch.Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(name, str) and isinstance(value, Inert):
+                collect(value, f"{prefix}{name}.", depth + 1)
+
+    if isinstance(module, Inert):
+        collect(module, "", 0)
     return tensors
 
 
 def plain_from_inert(value: Any) -> Any:
-    """Turn a tree of OmegaConf stand-ins into dicts, lists and plain values; other stand-ins become their names."""
-    if isinstance(value, Inert):
-        state = value.state if isinstance(value.state, dict) else {}
-        inner = state.get("_content", state.get("_val", repr(value)))  # a container of OmegaConf, or a leaf
-        return plain_from_inert(inner)
-    if isinstance(value, dict):
-        return {plain_from_inert(key): plain_from_inert(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_from_inert(item) for item in value]
-    return value
+    """Turn a tree of OmegaConf stand-ins into dicts, lists and plain values; other stand-ins become their names.
+
+    Raises:
+        CheckpointError: values hold themselves, or each other many times over; or a container is a key.
+    """
+    visits = _Visits()
+
+    def plain(value: Any, depth: int) -> Any:
+        visits.count(depth)
+        if isinstance(value, Inert):
+            state = value.state if isinstance(value.state, dict) else {}
+            inner = state.get("_content", state.get("_val", repr(value)))  # a container of OmegaConf, or a leaf
+            return plain(inner, depth + 1)
+        if isinstance(value, dict):
+            return {key_of(key, depth): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, depth + 1) for item in value]
+        return value
+
+    def key_of(key: Any, depth: int) -> Any:
+        found = plain(key, depth + 1)
+        if isinstance(found, (dict, list)):
+            raise CheckpointError("this file has a container for the name of a value; it is damaged.")
+        return found
+
+    return plain(value, 0)
+
+
+class _Visits:
+    """Bounds a walk over values that a file may have tied to themselves, or to each other many times over."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_VALUES
+
+    def count(self, depth: int) -> None:
+        self._left -= 1
+        if self._left < 0 or depth > _DEEPEST:
+            raise CheckpointError(
+                f"this file holds values more than {_DEEPEST} deep, or more than {_MOST_VALUES:,} of them, as no "
+                "config or model does; it is damaged, or made to do harm."
+            )

@@ -1,7 +1,6 @@
 """Checkpoints: ours, written whole and read without running code; and the authors', read the same way."""
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tclkit.runtime.errors import CheckpointError
 from tclkit.runtime.files import atomic_file
 
-from ._torch_archive import DAMAGE, archive_root, is_torchscript, plain_from_inert, read_archive
+from ._torch_archive import DAMAGE, archive_root, is_torchscript, plain_from_inert, read_archive, require_whole
 from .clip import ClipConfig, config_from_clip, load_clip
 from .model import TCL, TCLConfig
 from .official import clip_from_official, is_official, model_from_official
@@ -121,8 +120,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path} is a TorchScript archive, as OpenAI ships CLIP; pass it as clip=.", path=str(path)
         )
-    _require_whole(path)
     try:
+        require_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         content = read_archive(path)  # the authors' config and metrics are no plain data
@@ -131,17 +130,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a TCL checkpoint.", path=str(path))
     return content
-
-
-def _require_whole(path: Path) -> None:
-    """Compare every record with its checksum, as torch.load does not: a flipped bit would pass for a weight."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
-    if broken is not None:
-        raise CheckpointError(f"{path} is damaged (checksum of {broken}); fetch it again.", path=str(path))
 
 
 def _checked_own(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

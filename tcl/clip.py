@@ -109,9 +109,9 @@ def load_clip(source: str | Path, *, quick_gelu: bool | None = None) -> tuple[Cl
     Args:
         source: a state dict file, a TorchScript archive (its tensors are read, its code is not run), or an open_clip
             name such as "ViT-B-16" (OpenAI's weights) or "ViT-B-16:laion2b_s34b_b88k".
-        quick_gelu: which GELU the weights of a *file* were trained with, which no file says. None: QuickGELU for
-            OpenAI's weights (a TorchScript archive, an entry such as input_resolution, or half precision), else the
-            exact GELU, which is announced as a warning in the log.
+        quick_gelu: which GELU the weights of a *file* were trained with, which no file says; open_clip knows it of its
+            names. None: QuickGELU for OpenAI's weights (a TorchScript archive, an entry such as input_resolution, or
+            half precision), else the exact GELU, which is announced as a warning in the log.
 
     Returns:
         The config, and the model in fp32, eval mode, on the CPU. OpenAI's weights are rounded to fp16 first, as in the
@@ -337,8 +337,12 @@ def _load_named(name: str, tag: str) -> tuple[ClipConfig, CLIP]:
             f"choose one of {', '.join(f'{name}:{known}' for known in tags)}" if tags else "it has no published weights"
         )
         raise CheckpointError(f"open_clip has no weights {tag!r} for {name}; {choice}.", name=name, tag=tag)
+    is_openai = tag == "openai"
+    # Since 3.0 open_clip builds the named architecture as it stands and only warns when the weights' GELU is another;
+    # before, OpenAI's weights decided it themselves, and this table said nothing about the others.
+    quick_gelu = is_openai or bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
     try:
-        clip = open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu")
+        clip = open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu", force_quick_gelu=quick_gelu)
     except (OSError, RuntimeError) as error:
         raise DownloadError(
             f"open_clip could not load {name}:{tag} ({error}). Fetch the file on a machine with network, "
@@ -346,7 +350,11 @@ def _load_named(name: str, tag: str) -> tuple[ClipConfig, CLIP]:
             name=name,
             tag=tag,
         ) from error
-    return config_from_clip(clip), clip.eval()
+    config = config_from_clip(clip)
+    clip.eval()
+    if is_openai:
+        round_to_half(clip)
+    return config, clip
 
 
 def _require_named_vit(name: str) -> None:

@@ -137,6 +137,11 @@ class EvaluationConfig:
     threshold_scenes: int = 256
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        for name in ("scenes", "threshold_scenes", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be 1 or more", key=name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MonitoringConfig:
@@ -233,6 +238,11 @@ class TrainConfig:
             raise ConfigError(f"save_every is {self.save_every}; it must be 1 or more", key="save_every")
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; it must be 0 or more", key="workers")
+        sections = {"world.": self.world, "pairs.": self.pairs, "evaluation.": self.evaluation}
+        seeds = {f"{name}seed": section.seed for name, section in sections.items() if section is not None}
+        for name, seed in {"seed": self.seed, **seeds}.items():
+            if seed < 0:
+                raise ConfigError(f"{name} is {seed}; it must be 0 or more", key="seed")
         if self.losses.reference_bugs and self.grounder_training.accumulate > 1:
             raise ConfigError("losses.reference_bugs needs grounder_training.accumulate = 1, as the authors have it")
         if (self.world is None) == (self.pairs is None):

@@ -6,6 +6,7 @@ besides. Every process holds the same number of pairs. Nothing here changes what
 Shapes: B rows of one process, R processes, N = R·B.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,11 @@ def parallel(model: nn.Module) -> nn.Module:
     """
     if current_place().count == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    # The buffers are constants. torch 2.14 has another name for this choice and warns of the old one.
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    unshared: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, **unshared)
 
 
 def gather(x_B: Tensor) -> Tensor:

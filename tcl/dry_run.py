@@ -18,7 +18,7 @@ from .grounder_training import GrounderStage
 from .loop import Stage, pairs_of_a_step, train_step
 from .model import TCL
 from .start import Facts, new_model, start_from_checkpoint, start_from_clip, world_facts
-from .train import grounder_batches
+from .train import grounder_batches, require_one_process
 
 _BYTES = 4  # weights, gradients and AdamW's two moments are float32 in every precision
 _MOMENTS = 2
@@ -29,7 +29,7 @@ class StageEstimate:
     """What one stage needs.
 
     stage: "clip" or "grounder".
-    steps, pairs: steps in all, and pairs a step over all processes.
+    steps, pairs: steps in all, and pairs a step takes over all processes.
     learned, frozen: parameters, when all that ever learns does.
     fixed_bytes: for weights, gradients and AdamW's moments.
     peak_bytes: the most this process used, with one whole step: CUDA's memory, or the process's resident set.
@@ -61,6 +61,8 @@ class DryRun:
 def dry_run(config: TrainConfig) -> DryRun:
     """Build everything, take two steps of every stage with real data, and time the second; nothing is kept.
 
+    Over several processes (torchrun) every process calls it; each tells of itself.
+
     Raises:
         ConfigError, CheckpointError, InputError: as the run itself would.
         TrainingError: a loss is not finite.
@@ -89,6 +91,7 @@ def _start(config: TrainConfig) -> tuple[TCL, Facts]:
 
 
 def _clip_stage(config: TrainConfig, arithmetic: Arithmetic) -> ClipStage:
+    require_one_process()
     assert config.world_clip is not None  # called where there is one
     assert config.world is not None
     sizes, settings = config.world_clip

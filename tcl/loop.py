@@ -16,25 +16,29 @@ from torch import Tensor, nn
 from tclkit.runtime.errors import CheckpointError, TrainingError, TrainingStoppedError
 from tclkit.runtime.files import atomic_file
 
+from ._torch_archive import require_whole
 from .arithmetic import Arithmetic
 from .batches import Batch, Batches
 from .config import StageConfig
 from .diagnosis import diagnosis, save_batch
 from .distributed import current_place, gather_values, mean_over_processes
+from .journal import add_to_journal, cut_journal
 from .moving_average import MovingAverage
 from .schedule import learning_rate, scaled_learning_rate
 from .stopping import StopRequest
 
 _LOG_EVERY = 10
 _STOP = "stop"
+# A gradient that is not finite even so is no overflow of fp16. Source: fairseq's min_loss_scale.
+_LEAST_LOSS_SCALE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainProgress:
     """What a progress display needs after each step.
 
-    stage: "clip", "grounder", "threshold", "validation" or "evaluation"; step, steps: done and in all; losses: of this
-        step.
+    stage: "clip" or "grounder", whose steps are optimiser steps; "threshold" or "evaluation", whose steps are scenes.
+    step, steps: done and in all; losses: of this step.
     pairs: that the step took over all processes; memory_bytes: the most used so far. 0 where it means nothing.
     """
 
@@ -103,6 +107,7 @@ def run_stage(
     fingerprint: Mapping[str, Any],
     save_every: int,
     progress: ProgressCallback | None = None,
+    before: Sequence[Callable[[int], None]] = (),
     after: Sequence[StepCallback] = (),
     average: MovingAverage | None = None,
     stop: StopRequest | None = None,
@@ -113,10 +118,12 @@ def run_stage(
 
     Args:
         stage: what to optimise; its model holds the result.
-        run_folder: gets last-NAME.pt every `save_every` steps and a line of log.jsonl every ten.
+        run_folder: gets last-NAME.pt every `save_every` steps and a line of log.jsonl every ten; lines of steps that
+            are taken again go.
         fingerprint: plain values that decide the outcome; a checkpoint of others is refused.
         save_every: steps between checkpoints.
         progress: called after every step.
+        before: called once with the steps that are done already, on every process, when the checkpoint was accepted.
         after: called after every step, on every process, before its checkpoint.
         average: of the model's weights, updated after every step and kept in the checkpoints.
         stop: asked after every step; when any process was asked to stop, all save a checkpoint and end.
@@ -127,8 +134,13 @@ def run_stage(
         TrainingStoppedError: a signal asked for it.
     """
     path = run_folder / f"last-{stage.name}.pt"
+    log = run_folder / "log.jsonl"
     keeper = _Keeper(stage, path, fingerprint, average)
     step = keeper.restore() if path.exists() else 0
+    if current_place().is_first:
+        cut_journal(log, lambda row: row.get("stage") != stage.name or row.get("step", 0) <= step)
+    for prepare in before:
+        prepare(step)
     pairs = pairs_of_a_step(stage.settings)
     while step < stage.settings.steps:
         values = train_step(stage, step, run_folder, stop)
@@ -150,19 +162,20 @@ def run_stage(
                 )
             )
         if first and (step % _LOG_EVERY == 0 or is_last):
-            _log(run_folder / "log.jsonl", {"stage": stage.name, "step": step, "time": time.time(), **values})
+            add_to_journal(log, {"stage": stage.name, "step": step, "time": time.time(), **values})
         for callback in after:
             callback(step, values)
         if step % save_every == 0 or is_last or stopped:
             keeper.save(step)
         if stopped and not is_last:
-            _stop(stage, step, stop)
+            raise stopped_error(stage.name, step, stage.settings.steps, stop)
 
 
-def _stop(stage: Stage, step: int, stop: StopRequest | None) -> None:
+def stopped_error(stage: str, step: int, steps: int, stop: StopRequest | None) -> TrainingStoppedError:
+    """What ends a run that was asked to stop; on a process that no signal reached it counts as SIGTERM."""
     number = stop.signal_number if stop is not None and stop.signal_number else int(signal.SIGTERM)
-    raise TrainingStoppedError(
-        f"stopped by {signal.Signals(number).name} after {stage.name} step {step} of {stage.settings.steps}; "
+    return TrainingStoppedError(
+        f"stopped by {signal.Signals(number).name} after {stage} step {step} of {steps}; "
         "a checkpoint was written, and the same command goes on from there",
         signal_number=number,
         step=step,
@@ -187,7 +200,7 @@ def train_step(stage: Stage, step: int, run_folder: Path, stop: StopRequest | No
         The losses, their sum, the gradient's norm and so on, means over the processes.
 
     Raises:
-        TrainingError: a loss or, but for fp16, a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite; with fp16 a gradient only when no loss scale helps.
     """
     settings, scaler = stage.settings, stage.arithmetic.scaler
     _set_learning_rate(stage.optimizer, settings, step)
@@ -202,7 +215,8 @@ def train_step(stage: Stage, step: int, run_folder: Path, stop: StopRequest | No
     scaler.unscale_(stage.optimizer)
     learned = [p for p in stage.model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(learned, settings.clip_grad)
-    if not scaler.is_enabled() and not math.isfinite(norm.item()):  # a scaler passes such steps over
+    scale_helps = scaler.is_enabled() and scaler.get_scale() > _LEAST_LOSS_SCALE  # the scaler passes the step over
+    if not math.isfinite(norm.item()) and not scale_helps:
         raise _not_finite(stage, step, run_folder, f"the gradient of {stage.name} step {step} is {norm.item()}")
     scaler.step(stage.optimizer)
     scaler.update()
@@ -267,6 +281,7 @@ class _Keeper:
         """Put everything back to where the checkpoint was written; returns the steps done."""
         stage, path = self._stage, self._path
         try:
+            require_whole(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise CheckpointError(f"{path} cannot be read ({error}); delete it to begin this stage anew") from error
@@ -299,15 +314,15 @@ def _is_frozen(stage: Stage, name: str) -> bool:
 
 
 def _frozen_digest(stage: Stage) -> str:
-    """SHA-256 of all that never changes, so that a run does not go on upon another CLIP."""
+    """Of all that never changes, so that a run does not go on upon another CLIP."""
+    state = stage.model.state_dict()
+    return digest_of_tensors({name: tensor for name, tensor in state.items() if _is_frozen(stage, name)})
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of names and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(stage.model.state_dict().items()):
-        if _is_frozen(stage, name):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _log(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")

@@ -1,6 +1,7 @@
 """Where training starts: the CLIP, the TCL model on it, and what belongs to a model besides its weights."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tclkit.runtime.errors import CheckpointError, ConfigError
 from tclkit.runtime.files import sha256_from_file
 from tclkit.runtime.tokenizer import Tokenizer
 
-from ._torch_archive import archive_root, is_torchscript
+from ._torch_archive import archive_root, is_torchscript, require_whole
 from .checkpoint import load_checkpoint, load_model
 from .clip import ClipConfig, build_clip, load_clip
 from .config import TrainConfig
@@ -130,14 +131,17 @@ def read_own_clip(path: Path, fingerprint: Mapping[str, Any] | None = None) -> t
     """
     if not path.is_file():
         raise ConfigError(f"clip_checkpoint {path} does not exist", key="clip_checkpoint")
-    if archive_root(path) is not None and is_torchscript(path):  # as OpenAI ships CLIP
+    is_archive = archive_root(path) is not None
+    if is_archive and is_torchscript(path):  # as OpenAI ships CLIP
         return None
     try:
+        require_whole(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        if fingerprint is None:
+        is_others = not is_archive or isinstance(error, pickle.UnpicklingError)
+        if is_others and fingerprint is None:
             return None
-        raise CheckpointError(f"{path} is not a clip.pt of tclkit train: {error}") from error
+        raise CheckpointError(f"{path} is damaged, or no clip.pt of tclkit train: {error}") from error
     if not isinstance(state, Mapping) or not {"clip_config", "clip", "fingerprint"} <= state.keys():
         return None
     if fingerprint is not None and json.loads(state["fingerprint"]) != fingerprint:

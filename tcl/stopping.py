@@ -16,7 +16,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number = 0
 
-    def ask(self, number: int, frame: FrameType | None = None) -> None:
+    def ask(self, number: int) -> None:
         """Take note of a signal; the next one of its kind finds the handler it would have found without us."""
         self.signal_number = number
 
@@ -31,7 +31,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.ask(number, frame)
+        request.ask(number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

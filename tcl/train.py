@@ -20,9 +20,11 @@ A run that was interrupted, even killed, goes on with the same command and ends 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,20 +33,20 @@ from typing import Any, Literal
 import torch
 from open_clip.model import CLIP
 
-from tclkit.runtime.errors import ConfigError
+from tclkit.runtime.errors import CheckpointError, ConfigError
 from tclkit.runtime.files import atomic_file
 from tclkit.runtime.tokenizer import Tokenizer
 
 from .arithmetic import Arithmetic
 from .batches import Batches, WorldBatches
-from .checkpoint import save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import ClipConfig, build_clip
 from .clip_training import ClipStage
 from .config import StageConfig, TrainConfig
-from .distributed import current_place, wait_for_all
+from .distributed import current_place, gather_values, wait_for_all
 from .evaluate import WorldScore, choose_thresholds, evaluate_on_world
 from .grounder_training import GrounderStage
-from .loop import ProgressCallback, run_stage
+from .loop import ProgressCallback, TrainProgress, digest_of_tensors, run_stage, stopped_error
 from .model import TCL
 from .moving_average import MovingAverage
 from .pair_batches import PairBatches
@@ -53,6 +55,7 @@ from .stopping import StopRequest, stop_on_signals
 from .tokenizer_file import vocabulary_size
 from .watch import Watch
 
+_MADE_OF = "made_of"  # key of a digest, in tcl.pt and evaluation.json
 _GROUNDER_FIRST_SCENE = 1 << 40  # far from every scene that CLIP saw
 
 # Choices that came after version 0.1, and what it did: they are left out of fingerprints where they ask for just that,
@@ -62,6 +65,19 @@ _SINCE_0_1: Mapping[str, Mapping[str, Any]] = {
     "clip_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
     "grounder_training": {"accumulate": 1, "scale_lr": False, "ema": 0.0},
 }
+_OWN_FILES = (
+    "config.json",
+    "log.jsonl",
+    "last-clip.pt",
+    "clip.pt",
+    "last-grounder.pt",
+    "step-*.pt",
+    "best.pt",
+    "validation.jsonl",
+    "tcl.pt",
+    "evaluation.json",
+    "broken-batch-*.pt",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +85,7 @@ class TrainingResult:
     """What a run leaves behind.
 
     checkpoint: the finished model. scores: the final evaluation in the world; none for pairs. seconds: this call took.
-    broken: pairs that were passed over, by reason.
+    broken: pairs that all processes passed over, by reason.
     """
 
     checkpoint: Path
@@ -89,7 +105,7 @@ def train(
 
     Over several processes (torchrun) every process calls it with the same folder on a disk that all see. The first one
     writes, evaluates and reports; on the others the result has no scores and its checkpoint may not be written yet.
-    SIGINT and SIGTERM end it after a step, with a checkpoint.
+    SIGINT and SIGTERM end it after a step, with a checkpoint, and between two batches of the evaluation.
 
     Args:
         config: the whole recipe.
@@ -98,7 +114,7 @@ def train(
         progress: called after every step of every stage.
 
     Raises:
-        ConfigError: the configuration does not fit itself, or this machine.
+        ConfigError: the configuration does not fit itself or this machine, or its start is a file of this run.
         CheckpointError: the folder holds the run of another configuration, or a start cannot be read.
         InputError: the pairs cannot be found, or too many of them are broken.
         TrainingError: a loss is not finite.
@@ -119,17 +135,26 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, progress: ProgressCallback | None, stop: StopRequest) -> None:
         self._config, self._folder, self._progress, self._stop = config, folder, progress, stop
-        self._arithmetic = Arithmetic(config.device, config.precision)
+        # One for each stage: a loss scale is no other stage's, whether the run is interrupted between them or not.
+        self._clip_arithmetic, self._grounder_arithmetic = (
+            Arithmetic(config.device, config.precision) for _ in range(2)
+        )
         self._average: MovingAverage | None = None
         self.checkpoint = folder / "tcl.pt"
 
     def open(self, resume: Literal["auto", "never"]) -> None:
+        _require_start_stays(self._config, self._folder, resume)
         if current_place().is_first:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_temporaries(self._folder)
             if resume == "never":
                 _clear(self._folder)
-            _write_json(self._folder / "config.json", self._config.to_dict())
         wait_for_all()
+
+    def _note_config(self, step: int) -> None:
+        """Written once a stage goes on or begins: a run that is refused leaves the other's configuration."""
+        if current_place().is_first:
+            _write_json(self._folder / "config.json", self._config.to_dict())
 
     def started_model(self) -> tuple[TCL, Facts]:
         config = self._config
@@ -151,22 +176,19 @@ class _Run:
         finished = self._folder / "clip.pt"
         if finished.exists():
             return _own_clip(finished, sizes, fingerprint)
-        if current_place().count > 1:
-            raise ConfigError(
-                "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
-                key="clip_checkpoint",
-            )
+        require_one_process()
         torch.manual_seed(config.seed)
         clip = build_clip(sizes)
         assert config.world is not None  # where there is a CLIP to train there is a world
         batches = WorldBatches(config.world, facts.tokenizer(sizes.context_length), settings.batch_size)
-        stage = ClipStage(settings, config.world, config.curriculum, clip, batches, self._arithmetic)
+        stage = ClipStage(settings, config.world, config.curriculum, clip, batches, self._clip_arithmetic)
         run_stage(
             stage,
             self._folder,
             fingerprint=fingerprint,
             save_every=config.save_every,
             progress=self._progress,
+            before=[self._note_config],
             stop=self._stop,
         )
         clip = clip.cpu()
@@ -176,10 +198,10 @@ class _Run:
         return clip.eval()
 
     def train_grounder(self, model: TCL, facts: Facts) -> dict[str, int]:
-        """Train to the end; returns the pairs that were passed over, by reason."""
+        """Train to the end; returns the pairs that all processes passed over, by reason."""
         config, settings = self._config, self._config.grounder_training
         batches = grounder_batches(config, facts.tokenizer(model.config.clip.context_length))
-        stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._arithmetic)
+        stage = GrounderStage(settings, config.grounder, config.losses, model, batches, self._grounder_arithmetic)
         self._average = MovingAverage(model, settings.ema) if settings.ema else None
         with contextlib.closing(
             Watch(config, self._folder, stage, facts, averaged=self._averaged_weights, save=self._save)
@@ -190,25 +212,36 @@ class _Run:
                 fingerprint=grounder_fingerprint(config),
                 save_every=config.save_every,
                 progress=self._progress,
+                before=[self._note_config, watch.before_steps],
                 after=[watch.after_step],
                 average=self._average,
                 stop=self._stop,
             )
-        return dict(batches.broken) if isinstance(batches, PairBatches) else {}
+        own = dict(batches.broken) if isinstance(batches, PairBatches) else {}
+        return dict(sum(map(Counter, gather_values(own)), Counter()))
 
     def finish(self, model: TCL, facts: Facts) -> list[WorldScore]:
-        """Write the finished model and, in the world, judge it."""
+        """Write the finished model and, in the world, judge it; what stands already is made anew if it is of others."""
         config = self._config
         with self._averaged_weights():
+            made_of = _digest(model, _extra(config, facts))
+            is_made = _made_of(self.checkpoint) == made_of
             if config.world is None:
-                if not self.checkpoint.exists():
-                    self._save(self.checkpoint, model, facts, {})
+                if not is_made:
+                    self._save(self.checkpoint, model, facts, {_MADE_OF: made_of})
                 return []
             tokenizer = facts.tokenizer(model.config.clip.context_length)
-            if not self.checkpoint.exists():
-                thresholds = choose_thresholds(model, tokenizer, config, progress=self._progress)
-                self._save(self.checkpoint, model, facts, {"thresholds": thresholds})
-            return self._scores(model, tokenizer)
+            if not is_made:
+                thresholds = choose_thresholds(model, tokenizer, config, progress=self._tell_or_stop)
+                self._save(self.checkpoint, model, facts, {"thresholds": thresholds, _MADE_OF: made_of})
+            return self._scores(model, tokenizer, made_of)
+
+    def _tell_or_stop(self, progress: TrainProgress) -> None:
+        """Progress of what follows the training, which a signal may end too."""
+        if self._progress:
+            self._progress(progress)
+        if self._stop.signal_number:
+            raise stopped_error(progress.stage, progress.step, progress.steps, self._stop)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
@@ -216,16 +249,26 @@ class _Run:
     def _save(self, path: Path, model: TCL, facts: Facts, more: Mapping[str, Any]) -> None:
         save_checkpoint(path, model, extra={**_extra(self._config, facts), **more})
 
-    def _scores(self, model: TCL, tokenizer: Tokenizer) -> list[WorldScore]:
+    def _scores(self, model: TCL, tokenizer: Tokenizer, made_of: str) -> list[WorldScore]:
         path = self._folder / "evaluation.json"
-        settings = dataclasses.asdict(self._config.evaluation)
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["evaluation"] == settings:
+            if stored.get(_MADE_OF) == made_of:
                 return [WorldScore(**row) for row in stored["scores"]]
-        scores = evaluate_on_world(model, tokenizer, self._config, progress=self._progress)
-        _write_json(path, {"evaluation": settings, "scores": [dataclasses.asdict(score) for score in scores]})
+        scores = evaluate_on_world(model, tokenizer, self._config, progress=self._tell_or_stop)
+        settings = dataclasses.asdict(self._config.evaluation)
+        rows = [dataclasses.asdict(score) for score in scores]
+        _write_json(path, {"evaluation": settings, _MADE_OF: made_of, "scores": rows})
         return scores
+
+
+def require_one_process() -> None:
+    """Refuse to train a CLIP by several processes."""
+    if current_place().count > 1:
+        raise ConfigError(
+            "a CLIP is trained by one process; train it so first, then give its clip.pt as clip_checkpoint",
+            key="clip_checkpoint",
+        )
 
 
 def grounder_batches(config: TrainConfig, tokenizer: Tokenizer) -> Batches:
@@ -277,6 +320,21 @@ def _extra(config: TrainConfig, facts: Facts) -> dict[str, Any]:
     }
 
 
+def _digest(model: TCL, extra: Mapping[str, Any]) -> str:
+    """Of all that a finished model and its scores are made of."""
+    content = [digest_of_tensors(model.state_dict()), model.config.to_dict(), extra]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _made_of(path: Path) -> str | None:
+    """The digest in a finished model; None where there is none that can be read: such a model is made anew."""
+    try:
+        found = load_checkpoint(path)["extra"].get(_MADE_OF)
+    except CheckpointError:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _fingerprint(config: TrainConfig, *sections: str) -> dict[str, Any]:
     values = config.to_dict()
     values["grounder"].pop("kp_w")  # changes what is made of the model, not the model
@@ -294,16 +352,34 @@ def _write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _require_start_stays(config: TrainConfig, folder: Path, resume: Literal["auto", "never"]) -> None:
+    """Refuse a start that this run would remove, or write over."""
+    named = {"checkpoint": config.checkpoint} | (
+        {"clip_checkpoint": config.clip_checkpoint} if resume == "never" else {}
+    )
+    own = {path.resolve() for path in _own_files(folder)}
+    for key, source in named.items():
+        if source and Path(source).resolve() in own:
+            raise ConfigError(
+                f"{key} {source} is one of the files of the run in {folder}, which would not keep it; choose another "
+                "run folder, or copy it to elsewhere",
+                key=key,
+            )
+
+
 def _clear(folder: Path) -> None:
     for path in _own_files(folder):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
+def _remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left beside its files."""
+    for pattern in _OWN_FILES:
+        for path in folder.glob(f".{pattern}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def _own_files(folder: Path) -> Iterator[Path]:
-    names = (
-        "config.json log.jsonl last-clip.pt clip.pt last-grounder.pt best.pt validation.jsonl tcl.pt evaluation.json"
-    )
-    yield from (folder / name for name in names.split())
-    for pattern in ("step-*.pt", "broken-batch-*.pt"):
+    for pattern in _OWN_FILES:
         yield from folder.glob(pattern)

@@ -79,21 +79,12 @@ class ValidationScore:
     @property
     def miou(self) -> float:
         """Percent, with every class asked for; nan when no image was counted."""
-        return self._last.miou * 100
-
-    @property
-    def pixel_accuracy(self) -> float:
-        """Percent of the pixels, with every class asked for; nan when no image was counted."""
-        return self._last.pixel_accuracy * 100
+        return scores_from_counts(list(self.counts.values())[-1]).miou * 100
 
     @property
     def unknown_pixels(self) -> int:
         """Pixels whose label names no class and is not ignored."""
         return int(next(iter(self.counts.values()))[-1].sum())
-
-    @property
-    def _last(self) -> Scores:
-        return scores_from_counts(list(self.counts.values())[-1])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the counts, ready for JSON; what is not a number is null."""

@@ -1,7 +1,5 @@
 """What a run shows and keeps on the way: curves, pictures, validations and the models that go with them."""
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +12,7 @@ from .board import Board
 from .config import TrainConfig
 from .distributed import current_place, wait_for_all
 from .grounder_training import GrounderStage
+from .journal import add_to_journal, cut_journal, read_journal
 from .model import TCL
 from .start import Facts
 from .validation import ValidationScore, open_validation, validate
@@ -57,6 +56,11 @@ class Watch:
             data = self._settings.validation_data
             self._dataset = open_validation(self._settings.validation, Path(data) if data else None, world=config.world)
         self._board: Board | None = None
+
+    def before_steps(self, step: int) -> None:
+        """Forget what was noted after so many steps: those that follow are taken again."""
+        if current_place().is_first:
+            cut_journal(self._folder / "validation.jsonl", lambda row: row.get("step", 0) <= step)
 
     def after_step(self, step: int, values: Mapping[str, float]) -> None:
         """Show and keep what is due after so many steps; every process calls it."""
@@ -104,23 +108,25 @@ class Watch:
         )
 
     def _note(self, step: int, found: ValidationScore) -> None:
-        path = self._folder / "validation.jsonl"
-        before = [row[_SCORE] for row in _rows(path) if row["step"] < step]
+        path, settings = self._folder / "validation.jsonl", self._settings
+        row = {"step": step, _SCORE: found.miou, **found.to_dict(), "data": settings.validation_data}
+        before = [other.get(_SCORE) for other in read_journal(path) if _on_the_same(other, row)]
         best = max((score for score in before if score is not None), default=float("-inf"))
-        row = {"step": step, _SCORE: None if math.isnan(found.miou) else found.miou, **found.to_dict()}
         if found.miou > best:
             self._save(self._folder / "best.pt", self._stage.model, self._facts, {"validation": row})
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        add_to_journal(path, row)
         if self._settings.tensorboard:
             self._opened_board(step).add_scalars(step, {"validation/miou_percent": found.miou})
 
 
+def _on_the_same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two validations looked at the same images; those of version 0.1 do not name their folder."""
+    ours, theirs = (
+        (one.get("benchmark"), one.get("images", {}).get("total"), one.get("data", other["data"]))
+        for one in (row, other)
+    )
+    return ours == theirs
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

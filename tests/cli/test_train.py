@@ -1,11 +1,17 @@
 """`tclkit train`: the configuration reaches the trainer, progress is told, and an interrupted run goes on."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import Result
+
+from tclkit.runtime.errors import TrainingStoppedError
+from tclkit.tcl.config import TrainConfig
+from tclkit.tcl.distributed import Place
+from tclkit.tcl.dry_run import DryRun
 
 Invoke = Callable[..., Result]
 
@@ -56,6 +62,56 @@ def test_a_wrong_override_is_one_line(invoke: Invoke, arguments: list[str], more
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def place_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """place_at(rank): be that one of two processes; returns what happens."""
+
+    def set_place(rank: int) -> list[str]:
+        happened: list[str] = []
+
+        @contextlib.contextmanager
+        def group() -> Iterator[Place]:
+            happened.append("joined")
+            yield Place(rank, 2)
+            happened.append("left")
+
+        monkeypatch.setattr("tclkit.tcl.distributed.process_group", group)
+        return happened
+
+    return set_place
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_is_no_error_on_any_process(
+    invoke: Invoke, place_at: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise TrainingStoppedError("stopped by SIGTERM after 3 steps", signal_number=15, step=3)
+
+    place_at(rank)
+    monkeypatch.setattr("tclkit.tcl.train.train", stopped)
+    result = invoke("train", "-o", "run")
+    assert result.exit_code == 128 + 15
+    assert "error" not in result.stderr
+    assert ("stopped by SIGTERM" in result.stderr) == (rank == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dry_run_is_one_of_all_processes(
+    invoke: Invoke, place_at: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    happened = place_at(rank)
+
+    def tried(config: TrainConfig) -> DryRun:
+        happened.append("tried")
+        return DryRun(config={"name": config.name}, device="cpu", stages=())
+
+    monkeypatch.setattr("tclkit.tcl.dry_run.dry_run", tried)
+    result = invoke("train", "--dry-run", "--json")
+    assert (result.exit_code, happened) == (0, ["joined", "tried", "left"])
+    assert ("tcl-shapes" in result.stdout) == (rank == 0)
 
 
 def test_an_unknown_configuration_is_one_line(invoke: Invoke) -> None:

@@ -157,6 +157,30 @@ def test_damage_is_always_one_clear_error(tiny_model, tmp_path):
     assert refused >= 30  # the rest hit padding between records
 
 
+@pytest.mark.parametrize("fault", ["is compressed", "its records overlap"])
+def test_a_file_that_unpacks_to_more_than_it_holds_is_refused(fault, tmp_path, monkeypatch):
+    """Before torch.load, which would unpack it."""
+    torch.save({"model": {"masker.x": torch.zeros(1000)}}, tmp_path / "m.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as plain,
+        zipfile.ZipFile(
+            tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED if fault == "is compressed" else zipfile.ZIP_STORED
+        ) as bomb,
+    ):
+        for record in plain.infolist():
+            bomb.writestr(record.filename, plain.read(record))
+        if fault == "its records overlap":
+            for count in range(9):
+                copy = zipfile.ZipInfo(f"m/data/{count + 1}")
+                largest = max(bomb.infolist(), key=lambda one: one.file_size)
+                for field in ("header_offset", "file_size", "compress_size", "CRC"):
+                    setattr(copy, field, getattr(largest, field))
+                bomb.filelist.append(copy)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(CheckpointError, match=fault):
+        load_checkpoint(tmp_path / "bomb.pth")
+
+
 def test_the_authors_published_form(golden, official_model):
     content = load_checkpoint(golden / "official_learned.pth")
     assert content["format"] == "official"

@@ -1,6 +1,8 @@
 """CLIP from configs, files and names; what is refused."""
 
 import logging
+import warnings
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -105,6 +107,30 @@ def test_named_weights(clip_config, monkeypatch):
     assert asked["pretrained"] == "openai"
     load_clip("ViT-L-14:laion2b_s32b_b82k")
     assert asked["pretrained"] == "laion2b_s32b_b82k"
+
+
+@pytest.mark.parametrize(("tag", "quick_gelu"), [("openai", True), ("laion2b_s34b_b88k", False), ("its_own_tag", True)])
+def test_named_weights_get_the_gelu_they_were_trained_with(tag, quick_gelu, clip_config, monkeypatch, tmp_path):
+    """open_clip itself builds and loads; only the architecture's sizes and the download are ours."""
+    config = openai_sizes(clip_config)
+    described = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 40, "width": 64, "heads": 1, "layers": 2},
+    }
+    path = tmp_path / "fetched.pt"
+    torch.save(state_of(config), path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16", described)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-16"], "its_own_tag", {"quick_gelu": True})
+    for module, name in (("factory", "download_pretrained"), ("openai", "download_pretrained_from_url")):
+        monkeypatch.setattr(f"open_clip.{module}.{name}", lambda *_, **__: str(path), raising=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        found, clip = load_clip(f"ViT-B-16:{tag}")
+    assert found.quick_gelu is quick_gelu
+    assert found == replace(config, quick_gelu=quick_gelu)
+    weight = clip.visual.conv1.weight
+    assert torch.equal(weight, weight.half().float()) is (tag == "openai")
 
 
 def test_no_network(monkeypatch):

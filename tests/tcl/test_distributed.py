@@ -238,6 +238,18 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(mode, worker, tmp_path
     assert rest == steps(whole / "run")[10:]
 
 
+def test_wrapping_a_model_warns_of_nothing(tmp_path):
+    """torch says that one of its options is deprecated; the suite makes an error of a warning."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tclkit.tcl.distributed.current_place", lambda: Place(0, 2))
+            wrapped = parallel(torch.nn.Linear(3, 3))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert wrapped(torch.ones(1, 3)).shape == (1, 3)
+
+
 def test_alone_nothing_changes():
     x, model = torch.randn(2, 3, requires_grad=True), torch.nn.Linear(3, 3)
     assert current_place() == Place(0, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tclkit.runtime.errors import CheckpointError
-from tclkit.tcl import load_checkpoint, load_clip
+from tclkit.tcl import _torch_archive, load_checkpoint, load_clip
 from tclkit.tcl._torch_archive import Inert, is_torchscript, plain_from_inert, read_archive, state_dict_from_modules
 
 
@@ -130,11 +130,77 @@ def test_compressed_storages_are_refused(tmp_path):
         read_archive(tmp_path / "t.pt")
 
 
+def test_a_compressed_pickle_is_refused(tmp_path):
+    archive(tmp_path / "t.pt", b"\x80\x02]" + b"]0" * 1000 + b".", {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"is damaged \(t/data\.pkl is compressed"):
+        read_archive(tmp_path / "t.pt")
+
+
 @pytest.mark.parametrize("pickled", [b"", b"garbage", b"\x80\x02}q\x00(X\x01", b"\x80\x02K\x01\x81."])
 def test_broken_pickles_are_refused(pickled, tmp_path):
     archive(tmp_path / "t.pt", pickled, {})
     with pytest.raises(CheckpointError, match="is damaged"):
         read_archive(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("state", [b"}X\x0e\x00\x00\x00__kwdefaults__}s", b"N}X\x0e\x00\x00\x00__kwdefaults__}s\x86"])
+def test_our_own_functions_take_no_state(state, tmp_path):
+    """BUILD writes into the __dict__ of what it finds, or sets attributes: here of the function that makes tensors."""
+    before = dict(vars(_torch_archive._tensor)), _torch_archive._tensor.__kwdefaults__
+    archive(tmp_path / "t.pt", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b.", {})
+    with pytest.raises(CheckpointError, match=r"is damaged \(a state for <function _tensor"):
+        read_archive(tmp_path / "t.pt")
+    assert (dict(vars(_torch_archive._tensor)), _torch_archive._tensor.__kwdefaults__) == before
+
+
+def test_a_state_dict_may_have_a_state(tmp_path):
+    """As torch gives it: _metadata of the modules."""
+    state = torch.nn.Linear(2, 1).state_dict()
+    assert state._metadata
+    torch.save(state, tmp_path / "t.pt")
+    assert read_archive(tmp_path / "t.pt").keys() == state.keys()
+
+
+def tied(knot: str):
+    """Values that hold themselves, or each other many times over, or are deep."""
+    if knot == "itself":
+        values: list = []
+        values.append(values)
+        return values
+    values = ["ha"]
+    for _ in range(60 if knot == "many times" else 5000):
+        values = [values, values] if knot == "many times" else [values]
+    return values
+
+
+@pytest.mark.parametrize("knot", ["itself", "many times", "deep"])
+def test_values_that_are_tied_up_are_refused(knot):
+    modules = tied(knot)
+    with pytest.raises(CheckpointError, match="more than 100 deep, or more than 100,000"):
+        plain_from_inert(modules)
+    with pytest.raises(CheckpointError, match="more than 100 deep, or more than 100,000"):
+        state_dict_from_modules(modules_from(modules, {}))
+
+
+def modules_from(values, known):
+    """The same ties between stand-ins of modules."""
+    root = Inert()
+    pending = [(values, root)]
+    known[id(values)] = root
+    while pending:
+        value, module = pending.pop()
+        module.state = {}
+        for number, item in enumerate(value):
+            if isinstance(item, list) and id(item) not in known:
+                known[id(item)] = Inert()
+                pending.append((item, known[id(item)]))
+            module.state[str(number)] = known.get(id(item), item)
+    return root
+
+
+def test_a_container_is_no_key():
+    with pytest.raises(CheckpointError, match="a container for the name"):
+        plain_from_inert({("a", 1): 2})
 
 
 def test_a_huge_memo_index_costs_nothing(tmp_path):

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+import tclkit.tcl.train as train_module
 from tclkit.runtime.errors import CheckpointError, ConfigError, InputError, TrainingError
 from tclkit.tcl import TCL, ClipConfig, TCLConfig, build_clip, load_checkpoint, load_model, save_checkpoint
 from tclkit.tcl.config import TrainConfig, load_config
+from tclkit.tcl.distributed import Place
 from tclkit.tcl.dry_run import dry_run
 from tclkit.tcl.loop import TrainProgress
 from tclkit.tcl.tokenizer_file import clip_tokenizer_json, pruned_tokenizer_json
@@ -134,6 +136,14 @@ def test_pairs_move_the_grounder_and_leave_clip_alone(home: Path, tmp_path: Path
     assert extra["image_size"] == 32
     assert extra["train_config"]["pairs"]["sources"] == recipe(home).pairs.sources
     assert not [name for name in torch.load(tmp_path / "run" / "last-grounder.pt")["model"] if name.startswith("clip.")]
+
+
+def test_pairs_that_any_process_passed_over_are_counted(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "gather_values", lambda own: [own, {"no text": 2, "no image": 1}])
+    result = train(recipe(home, "grounder_training.steps=9"), run_folder=tmp_path)
+    assert result.broken == {"no text": 3, "no image": 1}
 
 
 @pytest.mark.parametrize(
@@ -290,6 +300,12 @@ def test_a_vocabulary_that_does_not_fit_is_refused(home: Path, golden: Path, tmp
     )
     with pytest.raises(CheckpointError, match="this CLIP has 1024 tokens"):
         train(config, run_folder=tmp_path)
+
+
+def test_a_dry_run_of_several_processes_trains_no_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "current_place", lambda: Place(1, 2))
+    with pytest.raises(ConfigError, match="trained by one process"):
+        dry_run(load_config("tcl-shapes"))
 
 
 def test_a_dry_run_counts_and_keeps_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
