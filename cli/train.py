@@ -61,7 +61,7 @@ def train(
     """Train a model; run the same command again to go on after an interruption.
 
     A configuration learns from scenes of the synthetic world or from image-text pairs, for example:
-    tclkit train --config tcl-vit-b-16 --set 'pairs.sources=["data/{00000..00331}.tar"]' --dry-run
+    tclkit train -c tcl-vit-b-16 --dry-run --set 'pairs.sources=["data/{00000..00331}.tar"]' --set 'pairs.weights=[1]'
 
     Ctrl-C and SIGTERM end it after the step that is running, with a checkpoint. torchrun shares the work:
     torchrun --nproc-per-node 2 --no-python tclkit train ...

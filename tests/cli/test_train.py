@@ -1,11 +1,14 @@
 """`tclkit train`: the configuration reaches the trainer, progress is told, and an interrupted run goes on."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import Result
+
+from tclkit.runtime.errors import ConfigError
 
 Invoke = Callable[..., Result]
 
@@ -72,3 +75,16 @@ def test_a_run_of_another_configuration_is_not_mixed_in(invoke: Invoke, argument
     assert "--resume never" in result.stderr
     assert invoke(*arguments, "--set", "seed=1", "-o", "run", "--resume", "never").exit_code == 0
     assert json.loads(Path("run/config.json").read_text())["seed"] == 1
+
+
+def test_the_configuration_of_the_help_s_example_is_valid() -> None:
+    from tclkit.cli.train import train
+    from tclkit.tcl.config import load_config
+
+    assert train.__doc__ is not None
+    example = next(line for line in train.__doc__.splitlines() if "--set" in line)
+    words = shlex.split(example)
+    overrides = [words[number + 1] for number, word in enumerate(words) if word == "--set"]
+    assert load_config("tcl-vit-b-16", overrides).pairs is not None
+    with pytest.raises(ConfigError, match=r"each of 1 sources.*--set 'pairs.weights=\[1\]'"):
+        load_config("tcl-vit-b-16", overrides[:1])
