@@ -11,6 +11,7 @@ import typer
 from tclkit.runtime.errors import ConfigError, InputError
 
 from ._console import EXIT_FAILED, DebugOption, fail, print_json, say
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import JsonOption
 
@@ -146,6 +147,7 @@ def world(
     from tclkit.tcl.world import PALETTE, WorldConfig
     from tclkit.tcl.world_shards import write_labelled_scenes, write_world_shards
 
+    require_output_folder(output)
     palette = PALETTE if colours is None else _palette(colours)
     settings = WorldConfig(size=size, seed=seed)
     judged = None

@@ -1,6 +1,5 @@
 """`tclkit embed`: prompts to vectors, kept in a file, so that a device needs no text encoder."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from tclkit.runtime.errors import InputError
 
 from ._console import DebugOption, say, size_text
 from ._settings import DEFAULT_MODEL, ModelOption
+from ._sources import read_standard_input
 
 _STANDARD_INPUT = Path("-")
 
@@ -51,7 +51,7 @@ def read_prompts(path: Path) -> list[str]:
         InputError: the file cannot be read, or is not text.
     """
     try:
-        raw = sys.stdin.buffer.read() if path == _STANDARD_INPUT else path.read_bytes()
+        raw = read_standard_input() if path == _STANDARD_INPUT else path.read_bytes()
         lines = raw.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -26,6 +26,7 @@ from ._console import (
     table,
     warn,
 )
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import (
     DEFAULT_MODEL,
@@ -177,18 +178,21 @@ def eval_(
         contenders=() if checkpoint is None else (_torch_row(checkpoint, clip),),
     )
     share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
+    require_output_folder(output)
     outcome = Outcome()
     for key in keys:
         opener = functools.partial(_opened, key, data, names, settings)
         _run_one(key, opener, settings, share, output, pictures, outcome)
     document = _document(outcome)
-    with atomic_file(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if json_output:
         print_json(document)
     else:
         _print_figures(outcome.evaluations, classes=classes)
-    _close(outcome, output)
+    if outcome.evaluations:  # else the results of an earlier run stay
+        with atomic_file(output / "results.json") as temporary:
+            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        say(f"results: {output / 'results.json'}")
+    _close(outcome)
 
 
 def _torch_row(checkpoint: Path, clip: str | None) -> "Contender":
@@ -398,8 +402,7 @@ def _percent(share: float, digits: int = 1) -> str:
     return "-" if math.isnan(share) else f"{share * 100:.{digits}f}"
 
 
-def _close(outcome: Outcome, output: Path) -> None:
-    say(f"results: {output / 'results.json'}")
+def _close(outcome: Outcome) -> None:
     left_out = {found.key: len(found.left_out) for found in outcome.evaluations if found.left_out}
     if left_out:
         fail("left out: " + ", ".join(f"{count} image(s) of {key}" for key, count in left_out.items()))

@@ -12,6 +12,7 @@ import typer
 from tclkit.runtime.errors import TrainingStoppedError
 
 from ._console import DebugOption, plain, print_json, printer, require_extra, say, size_text, table, warn
+from ._outputs import require_output_folder
 from ._progress import training_display
 from ._settings import JsonOption
 
@@ -78,6 +79,7 @@ def train(
 
         _show(try_out(settings), as_json=json_output)
         return
+    require_output_folder(folder)
     with process_group() as place:
         if not place.is_first:
             train_model(settings, run_folder=folder, resume=resume.value)

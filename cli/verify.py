@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._console import EXIT_FAILED, DebugOption, fail, print_json, require_extra, say
+from ._outputs import require_output_file
 from ._progress import work_display
 from ._settings import DEFAULT_MODEL, CalibrationOption, JsonOption, PromptsFileOption
 from ._verdicts import show_verdicts
@@ -31,6 +32,8 @@ def verify(
     from tclkit.export.verify import verify_bundle
     from tclkit.runtime.files import atomic_file
 
+    if report is not None:
+        require_output_file(report, "--report")
     with work_display() as display:
         found = verify_bundle(
             model,
@@ -39,9 +42,6 @@ def verify(
             prompts=prompts_from_file(prompts) if prompts else None,
             progress=display.phase,
         )
-    if report is not None:
-        with atomic_file(report) as temporary:
-            temporary.write_text(found.report(), encoding="utf-8")
     if as_json:
         print_json(found.to_dict())
     else:
@@ -54,6 +54,8 @@ def verify(
     for name, why in found.problems.items():
         fail(f"{name}: {why}")
     if report is not None:
+        with atomic_file(report) as temporary:
+            temporary.write_text(found.report(), encoding="utf-8")
         say(f"report   {report}")
     if not found.passed:
         raise typer.Exit(EXIT_FAILED)

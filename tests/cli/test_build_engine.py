@@ -109,6 +109,15 @@ def test_what_cannot_be_done_is_said(
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "photos"]
 
 
+@pytest.mark.parametrize("report", [".", "photos", "photos/0.png/report.md"])
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_judged(
+    invoke: Invoke, photos: str, report: str
+) -> None:
+    result = invoke("verify", "--report", report)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "with --report" in result.stderr
+
+
 @pytest.mark.usefixtures("without_openvino")
 def test_verify_of_a_bundle_with_nothing_to_judge(invoke: Invoke) -> None:
     result = invoke("verify")

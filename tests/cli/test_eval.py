@@ -295,10 +295,21 @@ def test_usage_errors(invoke: Invoke, here: Path, arguments: list[str], text: st
         (["--scales"], "of one aspect in two sizes or more, found 128x128"),
         (["--rank", "3", "--world-size", "2"], "ranks of 2 are 0 to 1"),
         (["--compare", "fp32,fp32"], "one or more different"),
+        (["-o", "file"], "file is a file, but the results need a folder"),
     ],
 )
 def test_errors_are_one_line(invoke: Invoke, here: Path, arguments: list[str], text: str) -> None:
+    Path("file").write_text("")
     result = invoke("eval", *arguments)
     assert result.exit_code == 1
     assert text in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_where_nothing_was_evaluated_earlier_results_stay(invoke: Invoke, here: Path) -> None:
+    Path("tclkit-eval").mkdir()
+    Path("tclkit-eval/results.json").write_text("of an earlier run")
+    result = invoke("eval", "-b", "voc", "--data", "nope")
+    assert result.exit_code == 1
+    assert Path("tclkit-eval/results.json").read_text() == "of an earlier run"
+    assert "results:" not in result.stderr
