@@ -189,7 +189,9 @@ def build_engine(
     if as_json:
         print_json(_document(result))
     else:
-        _show(result)
+        _show(result, precision)
+    if prepare_only:
+        say(f"then     on the device: the same command without --prepare-only, for {result.bundle}")
     if result.missing is not None:
         what = "nothing was compiled" if device is DeviceName.CPU else "no engine was built"
         say(f"{what}: {result.missing}. Copy {result.bundle} to the device and run the same command there")
@@ -222,7 +224,7 @@ def _thresholds(
     )
 
 
-def _show(result: "BuildResult") -> None:
+def _show(result: "BuildResult", precision: str) -> None:
     from tclkit.runtime.files import cache_folder
 
     if result.verdicts:
@@ -242,7 +244,10 @@ def _show(result: "BuildResult") -> None:
         say(f"compiled {record.name} for {record.identity}; kept in {cache_folder() / 'openvino'}")
     if result.verdicts:
         say(f"bundle   {result.bundle}")
-        say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}")
+        # what was only prepared is not taken unasked, and bfloat16 is nothing before it is compiled
+        asked = "" if result.engines or result.records else f" --backend onnxruntime --precision {precision}"
+        if not asked or precision != "bf16":
+            say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}{asked}")
 
 
 def _show_search(sensitivities: Any) -> None:

@@ -32,7 +32,8 @@ def embed(
     """Embed prompts once and keep the vectors: a prompt bank for `tclkit segment --bank`."""
     names = [*(prompts or []), *(read_prompts(from_file) if from_file is not None else [])]
     if not names:
-        raise typer.BadParameter("there is nothing to embed: give at least one PROMPT, or --from FILE")
+        why = "give at least one PROMPT, or --from FILE" if from_file is None else f"{from_file} holds no prompt"
+        raise typer.BadParameter(f"there is nothing to embed: {why}")
     if output.suffix.lower() != ".npz":
         raise InputError(f"{output}: a prompt bank is an .npz file; give -o NAME.npz")
     from tclkit.runtime import Segmenter, save_prompt_bank

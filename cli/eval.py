@@ -40,6 +40,7 @@ from ._settings import (
     PrecisionOption,
     ScalesOption,
     fraction,
+    refuse_empty_contrast,
 )
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def eval_(
     if clip is not None and checkpoint is None:
         raise typer.BadParameter("--clip goes with --torch CHECKPOINT")
     _check_usage(keys, data, names, precision, compare, threshold=threshold is not None, contrast=bool(contrast))
+    refuse_empty_contrast(contrast)
     from tclkit.calib import EvaluationSettings, Share
 
     settings = EvaluationSettings(

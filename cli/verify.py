@@ -13,9 +13,20 @@ from ._verdicts import show_verdicts
 
 
 def verify(
+    bundle: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False),
+    ] = None,
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="Name of an installed model, or a bundle's folder.")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Name of an installed model, or a bundle's folder.",
+            show_default=DEFAULT_MODEL,
+        ),
+    ] = None,
     calibration: CalibrationOption = None,
     images: Annotated[int, typer.Option("--images", metavar="N", min=2, help="How many of them to judge on.")] = 16,
     prompts: PromptsFileOption = None,
@@ -27,6 +38,8 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Judge what was compiled once more, here: every graph, and every engine that fits this machine."""
+    if bundle is not None and model is not None:
+        raise typer.BadParameter("MODEL and --model are the same: give one of them")
     require_extra("build", "onnx")
     from tclkit.export.gate_inputs import prompts_from_file
     from tclkit.export.verify import verify_bundle
@@ -36,7 +49,7 @@ def verify(
         require_output_file(report, "--report")
     with work_display() as display:
         found = verify_bundle(
-            model,
+            bundle or model or DEFAULT_MODEL,
             calibration=calibration,
             images=images,
             prompts=prompts_from_file(prompts) if prompts else None,

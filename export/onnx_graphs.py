@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from tclkit.runtime.errors import ExportError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.files import atomic_file
 
 from .decoder import DEFAULT_DECODER, DecoderForm
@@ -146,7 +147,7 @@ def _exported(
     return model
 
 
-_REMEDY = 'Install the versions that tclkit was tested with: pip install -U "tclkit[export]"'
+_REMEDY = f"Install the versions that tclkit was tested with: {install_command('export')}"
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -124,7 +124,7 @@ def _check_size(image: Image.Image, label: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{label} is {width} x {height} = {width * height:,} pixels; the limit is {max_pixels:,}. "
-            "Scale it down first, or raise max_pixels",
+            "Scale it down first",
             path=label,
             width=width,
             height=height,

@@ -1,6 +1,7 @@
 """Where training starts: the CLIP, the TCL model on it, and what belongs to a model besides its weights."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +134,9 @@ def read_own_clip(path: Path, fingerprint: Mapping[str, Any] | None = None) -> t
     if archive_root(path) is not None and is_torchscript(path):  # as OpenAI ships CLIP
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of others
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         if fingerprint is None:
             return None

@@ -34,13 +34,16 @@ def test_fp16_without_tensorrt_prepares_and_says_how_to_go_on(invoke: Invoke, mo
     assert "passed" in result.stdout
     assert f"no engine was built: TensorRT is not installed here. Copy {models_folder / 'tcl-shapes'}" in result.stderr
     assert "run the same command there" in result.stderr
+    assert f"what was built is in a copy of it, {models_folder / 'tcl-shapes'}" in result.stderr
+    (following,) = [line for line in result.stderr.splitlines() if line.startswith("next")]
+    assert following.endswith("/tcl-shapes --backend onnxruntime --precision fp16")
     again = invoke("build-engine", "--fp16", "--prepare-only", "--json")
     assert again.exit_code == 0
     document = json.loads(again.stdout)
     assert document["verdicts"] == []  # the graph is there, and nothing was compiled
     assert document["missing"] is None
     assert "image.fp16.onnx is taken as the bundle holds it" in again.stderr
-    segmented = invoke("verify", "tcl-shapes", "--report", models_folder / "report.md")
+    segmented = invoke("verify", "--model", "tcl-shapes", "--report", models_folder / "report.md")
     assert segmented.exit_code == 0, segmented.stderr
     assert "tclkit verify: tcl-shapes: passed" in (models_folder / "report.md").read_text(encoding="utf-8")
 
@@ -105,6 +108,7 @@ def test_what_cannot_be_done_is_said(
     Path("empty").mkdir()
     result = invoke("build-engine", *arguments)
     assert result.exit_code == exit_code, result.stderr
+    assert "a copy of it" not in result.stderr
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "photos"]
 
@@ -116,6 +120,12 @@ def test_a_report_that_cannot_be_written_is_told_before_anything_is_judged(
     result = invoke("verify", "--report", report)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "with --report" in result.stderr
+
+
+def test_verify_takes_one_model(invoke: Invoke) -> None:
+    result = invoke("verify", "tcl-shapes", "--model", "tcl-shapes")
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
 
 
 @pytest.mark.usefixtures("without_openvino")
@@ -160,7 +170,7 @@ def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folde
 
 @pytest.mark.usefixtures("without_openvino")
 def test_a_processor_without_openvino(invoke: Invoke, models_folder: Path) -> None:
-    missing = 'nothing was compiled: OpenVINO is not installed here (pip install "tclkit[openvino]")'
+    missing = 'nothing was compiled: OpenVINO is not installed here (pip install ".[openvino]" in a checkout of tclkit'
     result = invoke("build-engine", "--device", "cpu", "--bf16", "--decoder", "direct")
     assert result.exit_code == 3
     assert missing in result.stderr

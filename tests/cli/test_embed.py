@@ -44,12 +44,12 @@ def test_prompts_from_standard_input(invoke: Invoke) -> None:
     ("arguments", "exit_code", "message"),
     [
         ([], 2, "there is nothing to embed"),
-        (["--from", "empty.txt"], 2, "there is nothing to embed"),
+        (["--from", "empty.txt"], 2, "there is nothing to embed: empty.txt holds no prompt"),
         (["--from", "nowhere.txt"], 1, "nowhere.txt cannot be read: No such file"),
         (["--from", "binary.txt"], 1, "binary.txt is not a UTF-8 text file: byte 1 is 0xff"),
         (["red", "red"], 1, "prompts 1 and 2 are the same"),
         (["red", "-o", "bank.txt"], 1, "bank.txt: a prompt bank is an .npz file"),
-        (["red", "--model", "unknown"], 1, "tclkit pull unknown"),
+        (["red", "--model", "unknown"], 1, "model 'unknown' is not installed"),
     ],
 )
 def test_what_cannot_be_embedded(invoke: Invoke, arguments: list[str], exit_code: int, message: str) -> None:

@@ -274,6 +274,7 @@ def test_ranks_and_workers(invoke: Invoke, here: Path, mini: ModuleType, model: 
         (["-b", "ade20k", "--data", "d", "--threshold", "0.5"], "no effect on ade20k"),
         (["-b", "voc20", "--data", "d", "--contrast", "sky"], "no effect on voc20"),
         (["--clip", "ViT-B-16"], "--clip goes with --torch CHECKPOINT"),
+        (["--contrast", " "], "--contrast: is empty"),
         (["--limit", "0"], "--limit"),
         (["--threshold", "2"], "not in the range"),
     ],

@@ -22,7 +22,7 @@ OPTIONS = {
     "--seed --decoder-only --auto --ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine "
     "--size --max-batch --max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla "
     "--prepare-only --output -o --json --debug",
-    "verify": "model --calibration --images --prompts --report --json --debug",
+    "verify": "bundle --model -m --calibration --images --prompts --report --json --debug",
     "train": "--config -c --output -o --set --resume --dry-run --json --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",

@@ -83,9 +83,9 @@ def test_a_folder_for_results_is_not_made_by_asking(folder: str) -> None:
 def test_a_file_in_the_way_of_results() -> None:
     sources("file")
     for folder in ("file", "file/inside/deep"):
-        with pytest.raises(InputError, match="^file is a file, but the results need a folder: give another with -o$"):
+        with pytest.raises(InputError, match=r"^file is a file, but the results need a folder: give another with -o$"):
             require_output_folder(Path(folder))
-    with pytest.raises(InputError, match="file is a file, .* with --report"):
+    with pytest.raises(InputError, match=r"file is a file, .* with --report"):
         require_output_file(Path("file/report.md"), "--report")
     with pytest.raises(InputError, match=r"^\. is a folder: give a file with --report, such as report\.md$"):
         require_output_file(Path(), "--report")
@@ -94,5 +94,5 @@ def test_a_file_in_the_way_of_results() -> None:
 def test_a_folder_that_may_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("ro").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "ro")
-    with pytest.raises(InputError, match="^the folder ro may not be written: give another place with -o$"):
+    with pytest.raises(InputError, match=r"^the folder ro may not be written: give another place with -o$"):
         require_output_folder(Path("ro/new"))

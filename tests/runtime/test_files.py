@@ -117,9 +117,7 @@ with atomic_file(sys.argv[1]) as temporary:
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
-def test_errors_name_the_target_not_the_temporary(
-    tmp_path: Path, atomic: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_name_the_target_not_the_temporary(tmp_path: Path, atomic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
