@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 
 def show_verdicts(verdicts: Sequence["Verdict"], *, title: str) -> None:
-    """Print a table of figures beside what each had to reach; what fell short is red."""
+    """Print a table of figures beside what each had to reach, in 80 columns; what fell short is red."""
     figures_of = ("agreement", "mask IoU", "cosine")
     shown = table("artefact", *figures_of, "gate", right=figures_of, title=title)
-    shown.columns[0].no_wrap = True
+    for column in shown.columns[1:]:
+        column.no_wrap = True
     ran_on = dict.fromkeys(verdict.ran_on for verdict in verdicts)
     for verdict in verdicts:
         failures = verdict.figures.failures(verdict.thresholds)
@@ -27,7 +28,7 @@ def show_verdicts(verdicts: Sequence["Verdict"], *, title: str) -> None:
 
 
 def _figure(found: float, least: float, failed: bool) -> str:
-    text = f"{found:.4f} ≥ {least:g}"
+    text = f"{found:.4f}≥{least:g}"
     return f"[red]{text.replace('≥', '<')}[/red]" if failed else text
 
 

@@ -64,7 +64,10 @@ def prepare(
     """Make a benchmark's label maps from what its publishers ship, and check that all is there."""
     from tclkit.calib.benchmarks import benchmark_named, published_benchmarks
 
-    keys = list(published_benchmarks()) if name == "all" else [benchmark_named(name).key]
+    try:
+        keys = list(published_benchmarks()) if name == "all" else [benchmark_named(name).key]
+    except InputError as error:
+        raise typer.BadParameter(error.message) from error
     reports = [_prepare_one(key, root, source.value, check=check) for key in keys]
     if json_output:
         print_json({"benchmarks": reports})

@@ -41,7 +41,8 @@ def embed(
     segmenter = Segmenter.open(model)
     prompt_set = segmenter.prompts(names)
     save_prompt_bank(output, prompt_set)
-    say(f"{len(prompt_set.names)} prompts of {segmenter.bundle.name}: {output} ({size_text(output.stat().st_size)})")
+    count = "1 prompt" if len(prompt_set.names) == 1 else f"{len(prompt_set.names)} prompts"
+    say(f"{count} of {segmenter.bundle.name}: {output} ({size_text(output.stat().st_size)})")
     say(f"use it with: tclkit segment IMAGE --bank {output} --model {model}")
 
 

@@ -71,8 +71,8 @@ def eval_(
             "-b",
             metavar="NAME",
             help="voc, voc20, context, context59, coco_object, coco_stuff, cityscapes, ade20k, or all of these; folder "
-            "for your own data; shapes for the synthetic world, which needs no data. Repeatable.",
-            show_default="shapes",
+            "for your own data; shapes, the default, for the synthetic world, which needs no data. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -165,21 +165,25 @@ def eval_(
     refuse_empty_contrast(contrast)
     from tclkit.calib import EvaluationSettings, Share
 
-    settings = EvaluationSettings(
-        model=model,
-        backend=backend.value,
-        precisions=tuple(part.strip() for part in compare.split(",")) if compare else (precision.value,),
-        pamr=pamr,
-        threshold=threshold,
-        kp_w=kp,
-        limit=limit,
-        windows_per_run=windows,
-        flip=flip,
-        scales=scales,
-        contrast=tuple(contrast or ()),
-        contenders=() if checkpoint is None else (_torch_row(checkpoint, clip),),
-    )
-    share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
+    contenders = () if checkpoint is None else (_torch_row(checkpoint, clip),)
+    try:
+        settings = EvaluationSettings(
+            model=model,
+            backend=backend.value,
+            precisions=tuple(part.strip() for part in compare.split(",")) if compare else (precision.value,),
+            pamr=pamr,
+            threshold=threshold,
+            kp_w=kp,
+            limit=limit,
+            windows_per_run=windows,
+            flip=flip,
+            scales=scales,
+            contrast=tuple(contrast or ()),
+            contenders=contenders,
+        )
+        share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
+    except InputError as error:
+        raise typer.BadParameter(error.message) from error
     require_output_folder(output)
     outcome = Outcome()
     for key in keys:

@@ -351,8 +351,9 @@ def _load_named(name: str, tag: str) -> tuple[ClipConfig, CLIP]:
     try:
         clip = open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu")
     except (OSError, RuntimeError) as error:
+        why = str(error).rstrip(".")
         raise DownloadError(
-            f"open_clip could not load {name}:{tag} ({str(error).rstrip('.')}). Fetch the file on a machine with network, "
+            f"open_clip could not load {name}:{tag} ({why}). Fetch the file on a machine with network, "
             "and give its path instead of the name.",
             name=name,
             tag=tag,

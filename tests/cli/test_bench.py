@@ -49,7 +49,10 @@ def test_one_document_for_a_pipe(tiny_model: Path, invoke: Invoke) -> None:
     assert document["settings"]["seed"] == 0
 
 
-def test_when_none_runs_it_fails_and_says_why(tiny_model: Path, invoke: Invoke) -> None:
+def test_when_none_runs_it_fails_and_says_why(
+    tiny_model: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tclkit.calib.bench.open_gemm_meters", lambda *_, **__: pytest.fail("the peak was measured"))
     Path("tclkit-bench").mkdir()
     Path("tclkit-bench/results.json").write_text("of an earlier run")
     result = invoke("bench", *QUICK, "--backend", "onnxruntime", "--precision", "int8", "--prompts", "2")

@@ -85,13 +85,15 @@ def test_below_the_gate_the_table_is_an_error_and_nothing_is_written(invoke: Inv
         (("--int8", "--smoothing", "0.5", "--no-smoothing"), 2, "choose one of the two"),
         (("--int8", "--smoothing", "2"), 2, "not in the range 0 to 1"),
         (("--fp16", "--min-iou", "nan"), 2, "not in the range 0 to 1"),
+        (("--fp16", "--seed", "-1"), 2, "--seed"),
+        (("--fp16", "--decoder-only"), 2, "chooses layers for INT8"),
         (("--fp16", "--max-batch", "0"), 2, "--max-batch"),
         (("--fp16", "--size", "big"), 2, "is no size"),
         (("--fp16", "--size", "64x64"), 1, "has image graphs for 128x128, not for 64x64"),
-        (("--fp16", "--auto"), 1, "auto chooses layers for INT8"),
-        (("--fp32", "--prepare-only"), 1, "nothing to prepare"),
-        (("--bf16", "--device", "cpu", "--decoder", "direct", "--prepare-only"), 1, "nothing to prepare"),
-        (("--int8", "--decoder", "winograd4"), 1, "other forms of the decoder are for processors: add --device cpu"),
+        (("--fp16", "--auto"), 2, "auto chooses layers for INT8"),
+        (("--fp32", "--prepare-only"), 2, "nothing to prepare"),
+        (("--bf16", "--device", "cpu", "--decoder", "direct", "--prepare-only"), 2, "nothing to prepare"),
+        (("--int8", "--decoder", "winograd4"), 2, "other forms of the decoder are for processors: add --device cpu"),
         (("--fp32", "--device", "cpu", "--decoder", "winograd"), 2, "is not one of"),
         (("--int8", "--device", "cpu"), 1, "INT8 needs images to calibrate on"),
         (("--int8",), 1, "INT8 needs images to calibrate on"),
@@ -139,7 +141,7 @@ def test_verify_of_a_bundle_with_nothing_to_judge(invoke: Invoke) -> None:
 def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folder: Path) -> None:
     built = invoke("build-engine", "--device", "cpu", "--fp32")
     assert built.exit_code == 0, built.stderr
-    assert "image-fp32-128x128 in OpenVINO" in built.stdout
+    assert "image-fp32-128x128 in" in built.stdout  # "OpenVINO" may stand on the next line
     assert "decoder  winograd4 in the graph that processors run" in built.stderr
     assert "image.cpu.onnx" in built.stdout
     assert "compiled image-fp32-128x128 for OpenVINO" in built.stderr

@@ -29,6 +29,10 @@ def test_a_bank(invoke: Invoke) -> None:
     np.testing.assert_allclose(np.linalg.norm(bank.embeddings, axis=1), 1, atol=1e-6)
 
 
+def test_one_prompt_is_not_several(invoke: Invoke) -> None:
+    assert invoke("embed", "red").stderr.startswith("1 prompt of tiny: ")
+
+
 def test_prompts_from_a_file(invoke: Invoke) -> None:
     Path("words.txt").write_bytes("\ufeffblue\r\n\n  a green square \n".encode())
     assert invoke("embed", "red", "--from", "words.txt", "-o", "out/bank.npz").exit_code == 0
