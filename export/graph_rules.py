@@ -67,7 +67,5 @@ def _shifted_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _unreadable(where: str, what: str) -> ExportError:
-    return ExportError(
-        f"{where} with {what}. Install the versions that tclkit was tested with: {install_command('export')}",
-        file=where,
-    )
+    command = install_command("export", upgrade=True)
+    return ExportError(f"{where} with {what}. Install the versions that tclkit was tested with: {command}", file=where)

@@ -147,7 +147,7 @@ def _exported(
     return model
 
 
-_REMEDY = f"Install the versions that tclkit was tested with: {install_command('export')}"
+_REMEDY = f"Install the versions that tclkit was tested with: {install_command('export', upgrade=True)}"
 
 
 def _strip(model: onnx.ModelProto) -> None:
