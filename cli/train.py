@@ -70,10 +70,13 @@ def train(
     require_extra("train", "torch", "open_clip")
     from tclkit.tcl.config import load_config
     from tclkit.tcl.distributed import process_group
+    from tclkit.tcl.pairs import PairReader
     from tclkit.tcl.train import train as train_model
 
     settings = load_config(config, overrides or [])
     folder = run_folder or Path("runs") / settings.name
+    if settings.pairs is not None:
+        PairReader(settings.pairs)  # sources that are not there are told before a CLIP is fetched
     if dry_run:
         from tclkit.tcl.dry_run import dry_run as try_out
 

@@ -280,7 +280,7 @@ def _not_found(name_or_path: str | Path, given: Path) -> BundleError:
             f"model {name!r} is not installed in {models_folder()}, and no folder of this name holds a {MANIFEST_NAME}"
         )
     close = difflib.get_close_matches(str(name_or_path)[:100], [*installed, *PUBLISHED_NAMES], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = f" Did you mean {close[0]!r}?" if close and close[0] != name else ""
     have = f" Installed: {', '.join(installed)}." if installed else ""
     fetch = "Either fetch it" if name in PUBLISHED_NAMES else "Either fetch a published model"
     ways = (

@@ -185,6 +185,7 @@ def test_any_text_is_a_prompt(invoke: Invoke, scene: Path, prompt: str) -> None:
 
 def test_a_model_that_is_not_installed_names_two_ways_on(invoke: Invoke, scene: Path) -> None:
     result = invoke("segment", scene, "red", "--model", "tcl-vit-b-16")
+    assert "Did you mean" not in result.stderr
     assert_refused(result, "'tcl-vit-b-16' is not installed", "tclkit pull tcl-vit-b-16", "tclkit export CHECKPOINT -o")
 
 
