@@ -161,7 +161,8 @@ def run_bench(settings: BenchSettings, *, progress: Progress | None = None) -> B
         texts=tuple(prompt_texts(max(settings.prompts), bundle.manifest.vocabulary)),
         report=progress or silent,
     )
-    meters, notes = _opened_meters(job, chosen)
+    meters: list[GemmMeter] = []
+    notes: list[str] = []
     reports = {
         name: ContenderReport(name=name, backend=entrant.backend, precision=entrant.precision)
         for name, entrant in entrants.items()
@@ -169,7 +170,11 @@ def run_bench(settings: BenchSettings, *, progress: Progress | None = None) -> B
     samples: _Samples = {}
     for size in sizes:
         lanes = _opened_lanes(replace(job, bundle=bundles[size]), chosen, reports)
+        if not lanes:
+            continue
         try:
+            if not samples:
+                meters, notes = _opened_meters(job, chosen)
             samples |= _measured_lanes(job, lanes, settings.pieces(size, sizes), meters, reports, size)
             if size == sizes[0]:
                 _measure_text(job, lanes, reports)
@@ -340,6 +345,8 @@ def _measured_lanes(
     items = [(lane, piece) for lane in lanes for piece in pieces]
     what = f"measuring: {size[0]}x{size[1]}, round"
     for number, order in enumerate(draw_rounds(items, settings.rounds, settings.seed)):
+        if not lanes:
+            break
         job.report(what, number, settings.rounds)
         if number % every == 0:
             for meter in meters:

@@ -164,7 +164,7 @@ def _draw_bars(canvas: _Canvas, result: BenchResult, top: int) -> int:
         middle = y + _BAR / 2
         canvas.text((left - 14, middle), contender.name, anchor="rm")
         if contender.name not in rows:
-            reason = _shortened(f"did not run: {contender.problem}", canvas.width - _MARGIN - left - 8, 13)
+            reason = _shortened(f"did not run: {_public(contender.problem)}", canvas.width - _MARGIN - left - 8, 13)
             canvas.box((left + 4, y), (left + 12 + _text_width(reason, 13), y + _BAR), _PAPER)  # over the grid's lines
             canvas.text((left + 8, middle), reason, size=13, colour=_SOFT, anchor="lm")
             continue
@@ -176,6 +176,12 @@ def _draw_bars(canvas: _Canvas, result: BenchResult, top: int) -> int:
         figures = f"{three_figures(row.total.median_ms)} ms,  {three_figures(row.images_per_second)} img/s"
         canvas.text((x + 8, middle), figures, anchor="lm")
     return bottom + 6 + 2 * _LINE
+
+
+def _public(problem: str) -> str:
+    """What a problem is, for a picture that is shown to others: without its remedy, of paths the last part only."""
+    words = problem.partition(". ")[0].split()
+    return " ".join(word.rpartition("/")[2] if "/" in word else word for word in words)
 
 
 def _stacked_ms(row: BenchRow) -> float:

@@ -54,7 +54,7 @@ def lines_from_result(result: BenchResult) -> list[str]:
     load = " and ".join("unknown" if one is None else f"{one:g}" for one in (machine.load_before, machine.load_after))
     rounds, seed = result.settings["rounds"], result.settings["seed"]
     lines = [
-        f"picture: {result.picture}; {rounds} rounds, seed {seed}, medians",
+        f"picture: {result.picture}; {rounds} {'round' if rounds == 1 else 'rounds'}, seed {seed}, medians",
         f"machine: {machine.processor}, {machine.usable_cpus} CPUs, {machine.system}; load before and after: {load}",
         f"versions: Python {machine.python}, {packages}",
     ]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx
 
-ONNX_REMEDY = 'GFLOP are counted in the ONNX graphs, which needs the onnx package: pip install "tclkit[build]"'
+ONNX_REMEDY = f"GFLOP are counted in the ONNX graphs, which needs the onnx package: {install_command('build')}"
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tclkit.runtime.errors import TclkitError
+from tclkit.runtime.extras import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,8 +89,7 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise TclkitError(
-            f"this command needs {', '.join(missing)}, which the light install leaves out: "
-            f'pip install "tclkit[{extra}]" (in a checkout: pip install ".[{extra}]")',
+            f"this command needs {', '.join(missing)}, which the light install leaves out: {install_command(extra)}",
             missing=missing,
         )
 

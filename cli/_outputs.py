@@ -36,6 +36,30 @@ def plan_overlays(sources: Sequence[Source], output: Path | None, *, many: bool)
     return planned
 
 
+def require_output_folder(folder: Path, option: str = "-o") -> None:
+    """Refuse a folder that results could not be written into, before they are computed. Nothing is made yet.
+
+    Raises:
+        InputError: it, or a folder above it, is a file or may not be written; names the option to change.
+    """
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file, but the results need a folder: give another with {option}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {nearest} may not be written: give another place with {option}")
+
+
+def require_output_file(file: Path, option: str) -> None:
+    """Refuse a file that could not be written, before what goes into it is computed.
+
+    Raises:
+        InputError: it is a folder, or see `require_output_folder`.
+    """
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: give a file with {option}, such as {file / 'report.md'}")
+    require_output_folder(file.parent, option)
+
+
 def _names_folder(output: Path) -> bool:
     return output.is_dir() or (not output.suffix and not output.exists())
 

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,16 @@ def fraction(value: float | None) -> float | None:
     if value is not None and not 0 <= value <= 1:
         raise typer.BadParameter(f"{value:g} is not in the range 0 to 1")
     return value
+
+
+def refuse_empty_contrast(contrast: Sequence[str] | None) -> None:
+    """Let prompts of --contrast through that name something; the model would count them after the others.
+
+    Raises:
+        typer.BadParameter: one is empty.
+    """
+    if not all(prompt.strip() for prompt in contrast or ()):
+        raise typer.BadParameter("is empty: name what else may be there, or leave it out", param_hint="--contrast")
 
 
 DEFAULT_MODEL = "tcl-shapes"

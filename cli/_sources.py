@@ -25,13 +25,25 @@ class Source:
 
     def read(self) -> Path | bytes:
         """What `tclkit.runtime.load_image` takes: the path, or all bytes of standard input."""
-        return self.path if self.path is not None else sys.stdin.buffer.read()
+        return self.path if self.path is not None else read_standard_input()
+
+
+def read_standard_input() -> bytes:
+    """All bytes of standard input.
+
+    Raises:
+        InputError: it is closed.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input is closed: pipe something into it, or name a file instead of -")
+    return sys.stdin.buffer.read()
 
 
 def find_sources(image: str) -> list[Source]:
     """Images that the IMAGE argument stands for, in a stable order.
 
-    A folder stands for the images directly inside it, without overlays of an earlier run; `**` in a glob reaches down.
+    A folder stands for the images directly inside it; `**` in a glob reaches down. Overlays of an earlier run are left
+    out of both. Folders at the start of a glob that exist as written are no pattern.
     Whether the files are readable images shows when they are read.
 
     Raises:
@@ -69,10 +81,22 @@ def _images_in_folder(folder: Path) -> list[Path]:
 
 
 def _images_behind_glob(pattern: str) -> list[Path]:
-    images = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
+    literal = _literal_folder(pattern)
+    rest = pattern.removeprefix(literal)
+    found = sorted(glob.glob(glob.escape(literal) + rest, recursive=True))  # noqa: PTH207
+    images = [path for path in map(Path, found) if path.is_file() and not path.name.endswith(OVERLAY_ENDING)]
     if not images:
-        raise InputError(f"{pattern}: no file matches this pattern", pattern=pattern)
+        raise InputError(
+            f"{pattern}: no file matches this pattern (overlays of earlier runs aside; [[] stands for a [ in a name)",
+            pattern=pattern,
+        )
     return images
+
+
+def _literal_folder(pattern: str) -> str:
+    """Start of a pattern that is the path of a folder as it stands, "dir[1]/" for one; empty for none."""
+    ends = [number for number, sign in enumerate(pattern, start=1) if sign == "/"]
+    return next((pattern[:end] for end in reversed(ends) if Path(pattern[:end]).is_dir()), "")
 
 
 def _suffix_list() -> str:

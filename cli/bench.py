@@ -12,6 +12,7 @@ from tclkit.runtime.errors import InputError
 from tclkit.runtime.files import atomic_file
 
 from ._console import EXIT_FAILED, DebugOption, fail, plain, print_json, printer, require_extra, say, table, warn
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import DEFAULT_MODEL, JsonOption, ModelOption
 
@@ -123,15 +124,14 @@ def bench(
         )
     except InputError as error:
         raise typer.BadParameter(error.message) from error
-    output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+    require_output_folder(output)  # now, not after minutes of measuring
     with work_display() as display:
         result = run_bench(settings, progress=display.phase)
-    written = _write(result, output)
     if json_output:
         print_json(result.to_dict())
     else:
         _print(result)
-    _close(result, written)
+    _close(result, _write(result, output))
 
 
 def _torch_row() -> "Contender":
@@ -165,12 +165,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _write(result: "BenchResult", output: Path) -> list[Path]:
-    """Write the results, and the chart where there is something to draw."""
+    """Write the results and their chart; those of an earlier run stay when nothing was measured."""
+    if not result.rows:
+        return []
     results, chart = output / "results.json", output / "chart.png"
     with atomic_file(results) as temporary:
         temporary.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if not result.rows:
-        return [results]
     from PIL import Image
 
     from tclkit.calib import draw_chart

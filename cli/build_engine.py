@@ -1,12 +1,16 @@
 """`tclkit build-engine`: graphs in FP16, BF16 or INT8, compiled for this device, past the gate or not at all."""
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from tclkit.runtime.errors import ConfigError
 
 from ._console import DebugOption, print_json, printer, require_extra, say, size_text, table
 from ._progress import work_display
@@ -69,7 +73,7 @@ def build_engine(
     calibration_images: Annotated[
         int, typer.Option("--calibration-images", metavar="N", min=2, help="How many of them to calibrate on.")
     ] = 256,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Another seed chooses other images.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Another seed chooses other images.")] = 0,
     decoder_only: Annotated[
         bool, typer.Option("--decoder-only", help="INT8 in the decoder only, where most work and least risk is.")
     ] = False,
@@ -160,40 +164,52 @@ def build_engine(
     from tclkit.export.engine_builder import EngineOptions
     from tclkit.export.gate_inputs import prompts_from_file
 
-    config = BuildConfig(
-        precision=precision,
-        device=device.value,
-        decoder=decoder.value if decoder else None,
-        tier="auto" if auto else "decoder-only" if decoder_only else "all",
-        calibration=calibration,
-        calibration_images=calibration_images,
-        seed=seed,
-        range_method=ranges.value,
-        smoothing=None if no_smoothing else 0.5 if smoothing is None else smoothing,
-        sizes=tuple(wanted) if wanted else None,
-        prompts=prompts_from_file(prompts) if prompts else None,
-        thresholds=_thresholds(precision, min_agreement, min_iou, min_cosine),
-        prepare_only=prepare_only,
-        engine=EngineOptions(
-            max_batch=max_batch,
-            max_prompts=max_prompts,
-            workspace_mb=workspace,
-            timing_cache=timing_cache,
-            hardware_compatible=hardware_compatible,
-            version_compatible=version_compatible,
-            dla=dla,
-        ),
-    )
+    with _usage_errors():
+        config = BuildConfig(
+            precision=precision,
+            device=device.value,
+            decoder=decoder.value if decoder else None,
+            tier="auto" if auto else "decoder-only" if decoder_only else "all",
+            calibration=calibration,
+            calibration_images=calibration_images,
+            seed=seed,
+            range_method=ranges.value,
+            smoothing=None if no_smoothing else 0.5 if smoothing is None else smoothing,
+            sizes=tuple(wanted) if wanted else None,
+            prompts=prompts_from_file(prompts) if prompts else None,
+            thresholds=_thresholds(precision, min_agreement, min_iou, min_cosine),
+            prepare_only=prepare_only,
+            engine=EngineOptions(
+                max_batch=max_batch,
+                max_prompts=max_prompts,
+                workspace_mb=workspace,
+                timing_cache=timing_cache,
+                hardware_compatible=hardware_compatible,
+                version_compatible=version_compatible,
+                dla=dla,
+            ),
+        )
     with work_display() as display:
         result = build(model, config, output=output, progress=display.phase)
     if as_json:
         print_json(_document(result))
     else:
-        _show(result)
+        _show(result, precision)
+    if prepare_only:
+        say(f"then     on the device: the same command without --prepare-only, for {result.bundle}")
     if result.missing is not None:
         what = "nothing was compiled" if device is DeviceName.CPU else "no engine was built"
         say(f"{what}: {result.missing}. Copy {result.bundle} to the device and run the same command there")
         raise typer.Exit(EXIT_NO_TENSORRT)
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Options that contradict each other are a wrong call, whoever notices."""
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.BadParameter(error.message) from error
 
 
 def _precision(device: DeviceName, **wanted: bool) -> Literal["fp32", "fp16", "bf16", "int8"]:
@@ -222,7 +238,7 @@ def _thresholds(
     )
 
 
-def _show(result: "BuildResult") -> None:
+def _show(result: "BuildResult", precision: str) -> None:
     from tclkit.runtime.files import cache_folder
 
     if result.verdicts:
@@ -242,7 +258,10 @@ def _show(result: "BuildResult") -> None:
         say(f"compiled {record.name} for {record.identity}; kept in {cache_folder() / 'openvino'}")
     if result.verdicts:
         say(f"bundle   {result.bundle}")
-        say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}")
+        # what was only prepared is not taken unasked, and bfloat16 is nothing before it is compiled
+        asked = "" if result.engines or result.records else f" --backend onnxruntime --precision {precision}"
+        if not asked or precision != "bf16":
+            say(f"next     tclkit segment IMAGE PROMPT... --model {shlex.quote(str(result.bundle))}{asked}")
 
 
 def _show_search(sensitivities: Any) -> None:

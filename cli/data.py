@@ -11,6 +11,7 @@ import typer
 from tclkit.runtime.errors import ConfigError, InputError
 
 from ._console import EXIT_FAILED, DebugOption, fail, print_json, say
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import JsonOption
 
@@ -63,7 +64,10 @@ def prepare(
     """Make a benchmark's label maps from what its publishers ship, and check that all is there."""
     from tclkit.calib.benchmarks import benchmark_named, published_benchmarks
 
-    keys = list(published_benchmarks()) if name == "all" else [benchmark_named(name).key]
+    try:
+        keys = list(published_benchmarks()) if name == "all" else [benchmark_named(name).key]
+    except InputError as error:
+        raise typer.BadParameter(error.message) from error
     two_ways = {"coco_object"} if name == "all" else set(keys)  # of all only this one has a choice of sources
     ways = [source if key in two_ways else LabelSource.AUTO for key in keys]
     reports = [_prepare_one(key, root, way.value, check=check) for key, way in zip(keys, ways, strict=True)]
@@ -148,6 +152,7 @@ def world(
     from tclkit.tcl.world import PALETTE, WorldConfig
     from tclkit.tcl.world_shards import write_labelled_scenes, write_world_shards
 
+    require_output_folder(output)
     palette = PALETTE if colours is None else _palette(colours)
     settings = WorldConfig(size=size, seed=seed)
     judged = None

@@ -13,6 +13,7 @@ from tclkit.runtime.files import atomic_file
 
 from ._console import DebugOption, say
 from ._findings import print_findings
+from ._outputs import require_output_folder
 from ._settings import DEFAULT_MODEL
 from ._sources import OVERLAY_ENDING
 
@@ -43,6 +44,7 @@ def demo(
     """Write sample scenes into a folder and find shapes in one of them: no download, a few seconds."""
     from tclkit.runtime import Segmenter, load_image
 
+    require_output_folder(output)
     samples = read_samples(samples_folder())
     first = samples[0]
     copy_samples(samples, output)

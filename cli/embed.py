@@ -1,6 +1,5 @@
 """`tclkit embed`: prompts to vectors, kept in a file, so that a device needs no text encoder."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from tclkit.runtime.errors import InputError
 
 from ._console import DebugOption, say, size_text
 from ._settings import DEFAULT_MODEL, ModelOption
+from ._sources import read_standard_input
 
 _STANDARD_INPUT = Path("-")
 
@@ -32,7 +32,8 @@ def embed(
     """Embed prompts once and keep the vectors: a prompt bank for `tclkit segment --bank`."""
     names = [*(prompts or []), *(read_prompts(from_file) if from_file is not None else [])]
     if not names:
-        raise typer.BadParameter("there is nothing to embed: give at least one PROMPT, or --from FILE")
+        why = "give at least one PROMPT, or --from FILE" if from_file is None else f"{from_file} holds no prompt"
+        raise typer.BadParameter(f"there is nothing to embed: {why}")
     if output.suffix.lower() != ".npz":
         raise InputError(f"{output}: a prompt bank is an .npz file; give -o NAME.npz")
     from tclkit.runtime import Segmenter, save_prompt_bank
@@ -40,7 +41,8 @@ def embed(
     segmenter = Segmenter.open(model)
     prompt_set = segmenter.prompts(names)
     save_prompt_bank(output, prompt_set)
-    say(f"{len(prompt_set.names)} prompts of {segmenter.bundle.name}: {output} ({size_text(output.stat().st_size)})")
+    count = "1 prompt" if len(prompt_set.names) == 1 else f"{len(prompt_set.names)} prompts"
+    say(f"{count} of {segmenter.bundle.name}: {output} ({size_text(output.stat().st_size)})")
     say(f"use it with: tclkit segment IMAGE --bank {output} --model {model}")
 
 
@@ -51,7 +53,7 @@ def read_prompts(path: Path) -> list[str]:
         InputError: the file cannot be read, or is not text.
     """
     try:
-        raw = sys.stdin.buffer.read() if path == _STANDARD_INPUT else path.read_bytes()
+        raw = read_standard_input() if path == _STANDARD_INPUT else path.read_bytes()
         lines = raw.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error

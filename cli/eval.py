@@ -26,6 +26,7 @@ from ._console import (
     table,
     warn,
 )
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import (
     DEFAULT_MODEL,
@@ -39,6 +40,7 @@ from ._settings import (
     PrecisionOption,
     ScalesOption,
     fraction,
+    refuse_empty_contrast,
 )
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ def eval_(
             "-b",
             metavar="NAME",
             help="voc, voc20, context, context59, coco_object, coco_stuff, cityscapes, ade20k, or all of these; folder "
-            "for your own data; shapes for the synthetic world, which needs no data. Repeatable.",
-            show_default="shapes",
+            "for your own data; shapes, the default, for the synthetic world, which needs no data. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -160,35 +162,43 @@ def eval_(
     if clip is not None and checkpoint is None:
         raise typer.BadParameter("--clip goes with --torch CHECKPOINT")
     _check_usage(keys, data, names, precision, compare, threshold=threshold is not None, contrast=bool(contrast))
+    refuse_empty_contrast(contrast)
     from tclkit.calib import EvaluationSettings, Share
 
-    settings = EvaluationSettings(
-        model=model,
-        backend=backend.value,
-        precisions=tuple(part.strip() for part in compare.split(",")) if compare else (precision.value,),
-        pamr=pamr,
-        threshold=threshold,
-        kp_w=kp,
-        limit=limit,
-        windows_per_run=windows,
-        flip=flip,
-        scales=scales,
-        contrast=tuple(contrast or ()),
-        contenders=() if checkpoint is None else (_torch_row(checkpoint, clip),),
-    )
-    share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
+    contenders = () if checkpoint is None else (_torch_row(checkpoint, clip),)
+    try:
+        settings = EvaluationSettings(
+            model=model,
+            backend=backend.value,
+            precisions=tuple(part.strip() for part in compare.split(",")) if compare else (precision.value,),
+            pamr=pamr,
+            threshold=threshold,
+            kp_w=kp,
+            limit=limit,
+            windows_per_run=windows,
+            flip=flip,
+            scales=scales,
+            contrast=tuple(contrast or ()),
+            contenders=contenders,
+        )
+        share = Share(rank=rank, world_size=world_size, workers=workers, loaders=loaders)
+    except InputError as error:
+        raise typer.BadParameter(error.message) from error
+    require_output_folder(output)
     outcome = Outcome()
     for key in keys:
         opener = functools.partial(_opened, key, data, names, settings)
         _run_one(key, opener, settings, share, output, pictures, outcome)
     document = _document(outcome)
-    with atomic_file(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if json_output:
         print_json(document)
     else:
         _print_figures(outcome.evaluations, classes=classes)
-    _close(outcome, output)
+    if outcome.evaluations:  # else the results of an earlier run stay
+        with atomic_file(output / "results.json") as temporary:
+            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        say(f"results: {output / 'results.json'}")
+    _close(outcome)
 
 
 def _torch_row(checkpoint: Path, clip: str | None) -> "Contender":
@@ -400,8 +410,7 @@ def _percent(share: float, digits: int = 1) -> str:
     return "-" if math.isnan(share) else f"{share * 100:.{digits}f}"
 
 
-def _close(outcome: Outcome, output: Path) -> None:
-    say(f"results: {output / 'results.json'}")
+def _close(outcome: Outcome) -> None:
     left_out = {found.key: len(found.left_out) for found in outcome.evaluations if found.left_out}
     if left_out:
         fail("left out: " + ", ".join(f"{count} image(s) of {key}" for key, count in left_out.items()))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ._console import DebugOption, reported_errors
 from .bench import bench
@@ -26,12 +26,37 @@ _HELP = """Name things in words, get their pixels.
 Start with [bold]tclkit demo[/bold]; then [bold]tclkit segment IMAGE PROMPT...[/bold]"""
 
 
-class _Group(TyperGroup):
+class _Command(TyperCommand):
+    """Shows no type beside an option that takes no value, where typer 0.29 writes <bool>."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types(super().get_params(ctx))
+
+
+class _Subgroup(TyperGroup):
+    """A group of commands; see `_Command`."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types(super().get_params(ctx))
+
+
+class _Group(_Subgroup):
     """Reports the errors of every command in one place."""
 
     def invoke(self, ctx: Any) -> Any:
         with reported_errors(ctx):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except typer.BadParameter as error:
+                error.message = error.message.removeprefix("Value error, ")  # pydantic's, which typer 0.29 passes on
+                raise
+
+
+def _without_types(params: Any) -> Any:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
 
 
 def _show_version(value: bool) -> None:
@@ -47,6 +72,10 @@ def _options(
     debug: DebugOption = False,
 ) -> None:
     """Options that stand before the command."""
+
+
+def _data_options(debug: DebugOption = False) -> None:
+    """Make data to train from or to judge by."""
 
 
 def _make_app() -> typer.Typer:
@@ -69,10 +98,10 @@ def _make_app() -> typer.Typer:
         "Around it": (embed, info),
     }.items():
         for command in commands:
-            made.command(_command_name(command), rich_help_panel=panel)(command)
-    data = typer.Typer(help="Make data to train from or to judge by.", no_args_is_help=True, rich_markup_mode="rich")
-    data.command()(prepare)
-    data.command()(world)
+            made.command(_command_name(command), cls=_Command, rich_help_panel=panel)(command)
+    data = typer.Typer(cls=_Subgroup, callback=_data_options, no_args_is_help=True, rich_markup_mode="rich")
+    data.command(cls=_Command)(prepare)
+    data.command(cls=_Command)(world)
     made.add_typer(data, name="data", rich_help_panel="Judge it")
     return made
 

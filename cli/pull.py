@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._console import DebugOption, require_extra
+from ._outputs import require_output_folder
 from ._progress import work_display
 from ._settings import ClipOption, SizeOption
 from .export import Decoder, DecoderOption, parse_sizes, report_bundle
@@ -37,6 +38,8 @@ def pull(
 ) -> None:
     """Fetch a published model and build its bundle; a broken download goes on where it stopped."""
     wanted = parse_sizes(sizes)
+    if output is not None:
+        require_output_folder(output)
     require_extra("export", "torch", "open_clip", "onnx", "onnxscript")
     from tclkit.export.pull import pull as pull_model
     from tclkit.runtime import open_bundle

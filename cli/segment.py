@@ -27,6 +27,7 @@ from ._settings import (
     PrecisionOption,
     ScalesOption,
     fraction,
+    refuse_empty_contrast,
 )
 from ._sources import Source, find_sources, stands_for_many
 
@@ -115,6 +116,7 @@ def segment(
 ) -> None:
     """Colour the pixels of IMAGE that each PROMPT names."""
     _check_usage(prompts, bank, threshold, background)
+    refuse_empty_contrast(contrast)
     precision = _exact_or(precision) if exact else precision
     sources, many = find_sources(image), stands_for_many(image)
     wanted = output is not None or not json_output

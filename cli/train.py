@@ -13,6 +13,7 @@ import typer
 from tclkit.runtime.errors import TrainingStoppedError
 
 from ._console import DebugOption, plain, print_json, printer, require_extra, say, size_text, table, warn
+from ._outputs import require_output_folder
 from ._progress import training_display
 from ._settings import JsonOption
 
@@ -62,7 +63,7 @@ def train(
     """Train a model; run the same command again to go on after an interruption.
 
     A configuration learns from scenes of the synthetic world or from image-text pairs, for example:
-    tclkit train --config tcl-vit-b-16 --set 'pairs.sources=["data/{00000..00331}.tar"]' --dry-run
+    tclkit train -c tcl-vit-b-16 --dry-run --set 'pairs.sources=["data/{00000..00331}.tar"]' --set 'pairs.weights=[1]'
 
     Ctrl-C and SIGTERM end it after the step that is running, with a checkpoint. torchrun shares the work:
     torchrun --nproc-per-node 2 --no-python tclkit train ...
@@ -70,10 +71,15 @@ def train(
     require_extra("train", "torch", "open_clip")
     from tclkit.tcl.config import load_config
     from tclkit.tcl.distributed import process_group
+    from tclkit.tcl.pairs import PairReader
     from tclkit.tcl.train import train as train_model
 
     settings = load_config(config, overrides or [])
     folder = run_folder or Path("runs") / settings.name
+    if settings.pairs is not None:
+        PairReader(settings.pairs)  # sources that are not there are told before a CLIP is fetched
+    if not dry_run:
+        require_output_folder(folder)
     with process_group() as place:
         if dry_run:
             from tclkit.tcl.dry_run import dry_run as try_out

@@ -205,6 +205,8 @@ def build_engine(
         keep_other_files(target, folder)
         remove_outdated_engines(open_bundle(folder, verify=False))
         remove_outdated_records(open_bundle(folder, verify=False))
+    if output is None and target != source.folder:
+        _log.warning("%s ships inside tclkit; what was built is in a copy of it, %s", source.name, target)
     if records:
         keep_compiled(open_bundle(target, verify=False), config.precision, [record.size for record in records])
     return BuildResult(
@@ -491,9 +493,7 @@ def _target(source: Bundle, output: str | Path | None) -> Path:
     shipped = Path(runtime.__file__).resolve().parent
     if not source.folder.is_relative_to(shipped):
         return source.folder
-    target = models_folder() / source.folder.name
-    _log.warning("%s ships inside tclkit; what is built goes into a copy of it, %s", source.name, target)
-    return target
+    return models_folder() / source.folder.name
 
 
 def _entries(bundle: Bundle, config: BuildConfig) -> list[ImageEntry]:

@@ -20,6 +20,7 @@ from tclkit.runtime.cpu_records import (
     write_cpu_record,
 )
 from tclkit.runtime.errors import BackendError, BundleError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.openvino_backend import OpenVinoBackend, check_cpu_precision, openvino_core
 
 from .gates import Verdict
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 def missing_for_cpu() -> str | None:
     """What this machine lacks to compile for its processor, as one sentence; None where it lacks nothing."""
     if importlib.util.find_spec("openvino") is None:
-        return 'OpenVINO is not installed here (pip install "tclkit[openvino]")'
+        return f"OpenVINO is not installed here ({install_command('openvino')})"
     try:
         openvino_core()
     except BackendError as error:

@@ -20,6 +20,7 @@ from tclkit.runtime.engines import (
     write_engine,
 )
 from tclkit.runtime.errors import BackendError, BuildError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.tensorrt_backend import TensorRTBackend
 
 from .engine_builder import EngineOptions, build_engine_bytes, image_profile, masks_profile
@@ -46,7 +47,7 @@ def missing_for_engines() -> str | None:
     if "tensorrt" in absent:
         return "TensorRT is not installed here"
     if absent:
-        return f'{" and ".join(absent)} is not installed here (pip install "tclkit[build]")'
+        return f"{' and '.join(absent)} is not installed here ({install_command('build')})"
     try:
         current_device()
     except BackendError as error:

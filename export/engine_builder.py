@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tclkit.runtime.errors import BuildError, ConfigError, InputError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.files import atomic_file
 from tclkit.runtime.manifest import Manifest
 
@@ -208,7 +209,7 @@ class _Build:
     def __init__(self, onnx_bytes: bytes, profile: Profile, options: EngineOptions, monitor: _Monitor) -> None:
         self.onnx_bytes, self.profile, self.options, self.monitor = onnx_bytes, profile, options, monitor
         self.trt = _imported("tensorrt", "it comes with JetPack; on a server: pip install tensorrt")
-        self.polygraphy = _imported("polygraphy.backend.trt", 'pip install "tclkit[build]"')
+        self.polygraphy = _imported("polygraphy.backend.trt", install_command("build"))
         self.said: list[str] = []
         self.logger = _tensorrts_logger(self.trt, self.said)
         self.callbacks: Any = None  # TensorRT calls them until the engine is built

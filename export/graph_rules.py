@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from tclkit.runtime.errors import ExportError
+from tclkit.runtime.extras import install_command
 
 OPSET = 20
 IR_VERSION = 9  # what belongs to opset 20; exporters write a later one, which older runtimes refuse
@@ -66,7 +67,5 @@ def _shifted_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _unreadable(where: str, what: str) -> ExportError:
-    return ExportError(
-        f'{where} with {what}. Install the versions that tclkit was tested with: pip install -U "tclkit[export]"',
-        file=where,
-    )
+    command = install_command("export", upgrade=True)
+    return ExportError(f"{where} with {what}. Install the versions that tclkit was tested with: {command}", file=where)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from tclkit.runtime.errors import ExportError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.files import atomic_file
 
 from .decoder import DEFAULT_DECODER, DecoderForm
@@ -149,7 +150,7 @@ def _exported(
     return model
 
 
-_REMEDY = 'Install the versions that tclkit was tested with: pip install -U "tclkit[export]"'
+_REMEDY = f"Install the versions that tclkit was tested with: {install_command('export', upgrade=True)}"
 
 
 _KINDS: Mapping[str, Mapping[int, str]] = {

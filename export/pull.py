@@ -14,6 +14,7 @@ from tclkit.runtime.bundle import list_bundles, open_bundle
 from tclkit.runtime.errors import BundleError, CheckpointError, DownloadError, InputError
 from tclkit.runtime.files import cache_folder, models_folder, sha256_from_file
 
+from .bundle_folder import require_replaceable
 from .bundle_writer import ExportProgress, export_bundle
 from .decoder import DEFAULT_DECODER, DecoderForm
 from .download import download
@@ -78,14 +79,17 @@ def pull(
         export_progress: of building the bundle.
 
     Raises:
-        InputError: no such model.
+        InputError: no such model, or `sha256` is none.
         DownloadError: a file could not be fetched or is not the one expected; see `download`.
-        CheckpointError, ExportError, ParityError: see `export_bundle`.
+        CheckpointError: `clip` is neither a file nor a name; see `export_bundle`.
+        ExportError: `out` is a file or holds other files; see `export_bundle`.
+        ParityError: see `export_bundle`.
     """
     published = _published(name)
     folder = models_folder() / name if out is None else Path(out)
     if not any((checkpoint, clip, url, clip_url, sha256, out, sizes, decoder != DEFAULT_DECODER)) and _is_whole(folder):
         return folder
+    _require_usable(folder, clip, sha256)
     sources: dict[str, Any] = {}
     if checkpoint is None:
         checkpoint = _fetch_checkpoint(url or published.url, sha256, progress, sources)
@@ -119,6 +123,17 @@ def _published(name: str) -> PublishedModel:
     )
 
 
+def _require_usable(folder: Path, clip: str | Path | None, sha256: str | None) -> None:
+    """Refuse what could only fail, before hundreds of megabytes are fetched."""
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise InputError(f"{sha256!r} is no SHA-256: that is 64 digits from 0 to 9 and a to f", sha256=sha256)
+    require_replaceable(folder)
+    if clip is not None:
+        from tclkit.tcl.clip import require_clip
+
+        require_clip(clip)
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         open_bundle(folder)
@@ -133,7 +148,8 @@ def _fetch_checkpoint(url: str, sha256: str | None, progress: DownloadProgress |
         _holds_clip(path)
     except CheckpointError as error:
         path.unlink(missing_ok=True)  # else the next call would take it from the cache
-        raise DownloadError(f"{url} is not the checkpoint: {error}. It was removed from the cache", url=url) from error
+        why = error.message.rstrip(".")
+        raise DownloadError(f"{url} is not the checkpoint: {why}. It was removed from the cache", url=url) from error
     found = sha256_from_file(path)
     if sha256 is None:
         _log.warning(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .cpu_records import graph_file
 from .errors import BackendError, BundleError, EngineMismatchError
+from .extras import install_command
 from .manifest import RUN_PRECISIONS
 
 _log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ _LAST = _ORDER[-1]
 _REMEDIES = {
     "tensorrt": "It is not installed. Jetson: it comes with JetPack (apt install python3-libnvinfer; make the virtual "
     "environment with --system-site-packages). Servers: pip install tensorrt. Or take --backend onnxruntime",
-    "openvino": 'It is not installed: pip install "tclkit[openvino]", or take --backend onnxruntime',
+    "openvino": f"It is not installed: {install_command('openvino')}. Or take --backend onnxruntime",
     "onnxruntime": "It is not installed: pip install onnxruntime",
 }
 
@@ -247,7 +248,7 @@ def _open_onnxruntime(bundle: Bundle, precision: str, threads: int | None, reaso
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     if precision == "bf16":
-        remedy = 'Take --backend openvino (pip install "tclkit[openvino]"), or --precision fp32'
+        remedy = f"Take --backend openvino ({install_command('openvino')}), or --precision fp32"
         raise BackendError(f"ONNX Runtime does not compute in bf16. {remedy}", precision=precision)
     taken = "fp32" if precision == "auto" else precision
     reason = f"{reason} (onnxruntime {_installed_version('onnxruntime')}, {taken})"

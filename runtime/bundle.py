@@ -23,6 +23,7 @@ from .manifest import Manifest, manifest_from_dict
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"  # compiled on one device for itself: bundle.json, which travels, does not list what is in it
 _SEAL = "manifest_sha256"
+PUBLISHED_NAMES = ("tcl-vit-b-16",)  # what `tclkit pull` fetches; where from is known to tclkit.export.pull
 _AGAIN = "Fetch or export the bundle again: tclkit pull NAME, or tclkit export CHECKPOINT -o FOLDER"
 _log = logging.getLogger(__name__)
 
@@ -294,12 +295,13 @@ def _not_found(name_or_path: str | Path, given: Path) -> BundleError:
         message = (
             f"model {name!r} is not installed in {models_folder()}, and no folder of this name holds a {MANIFEST_NAME}"
         )
-    close = difflib.get_close_matches(str(name_or_path)[:100], installed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(str(name_or_path)[:100], [*installed, *PUBLISHED_NAMES], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close and close[0] != name else ""
     have = f" Installed: {', '.join(installed)}." if installed else ""
+    fetch = "Either fetch it" if name in PUBLISHED_NAMES else "Either fetch a published model"
     ways = (
-        f"Either fetch it: tclkit pull {name}, or build it from a checkpoint: tclkit export CHECKPOINT -o FOLDER and "
-        "give the folder as the model"
+        f"{fetch}: tclkit pull {name if name in PUBLISHED_NAMES else ' or '.join(PUBLISHED_NAMES)}, or build one from "
+        "a checkpoint: tclkit export CHECKPOINT -o FOLDER and give the folder as the model"
     )
     return BundleError(f"{message}.{hint}{have} {ways}", name=str(name_or_path), installed=installed)
 

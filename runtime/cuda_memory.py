@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .errors import BackendError
+from .extras import install_command
 
 _log = logging.getLogger(__name__)
 _REMEDIES = {
@@ -44,7 +45,7 @@ def cuda_runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise BackendError(
-            f"cuda-python cannot be imported ({error}). Install it: pip install 'tclkit[tensorrt]'; for CUDA 12 "
+            f"cuda-python cannot be imported ({error}). Install it: {install_command('tensorrt')}; for CUDA 12 "
             "(JetPack 6) pip install 'cuda-python<13'"
         ) from error
     return runtime

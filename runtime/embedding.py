@@ -125,10 +125,11 @@ def _encoded(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> list[NDAr
     try:
         return [tokenizer.encode([text], truncate=False)[0] for text in texts]
     except InputError as error:
-        words, limit = len(name.split()), tokenizer.context_length
+        count, limit = len(name.split()), tokenizer.context_length
+        words = "1 word" if count == 1 else f"{count} words"
         found = error.values.get("found", "too many")
         message = (
-            f"the prompt {shortened(name)!r} ({words} words) is too long: {found} tokens with its template, start and "
+            f"the prompt {shortened(name)!r} ({words}) is too long: {found} tokens with its template, start and "
             f"end, the model reads at most {limit}. Shorten it"
         )
         raise InputError(message, prompt=name, expected=limit, found=found) from error

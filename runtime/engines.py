@@ -409,8 +409,10 @@ def read_engine_bytes(engine: EngineFile, *, remedy: str = "Build it again: tclk
 
 
 def build_command(bundle: Bundle, precision: str) -> str:
-    """The command that builds a bundle's engines, to be pasted into a shell."""
-    return f"tclkit build-engine --{precision} --model {shlex.quote(_model_argument(bundle))}"
+    """The command that builds a bundle's engines, to be pasted into a shell; what calibrates a new graph is named."""
+    is_new = precision == "int8" and any(precision not in image.files for image in bundle.manifest.images)
+    calibration = " --calibration IMAGES" if is_new else ""
+    return f"tclkit build-engine --{precision} --model {shlex.quote(_model_argument(bundle))}{calibration}"
 
 
 def _find_set(bundle: Bundle, precision: str, device: DeviceIdentity) -> EngineSet | EngineMiss:

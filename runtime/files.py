@@ -109,6 +109,17 @@ def _temporary_sibling(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _errors_naming(target: Path, temporary: Path) -> Iterator[None]:
+    """Errors of the operating system name what the caller knows, not the temporary."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (temporary, str(temporary)):
+            error.filename = str(target)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, else removed.
 
@@ -117,12 +128,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(target)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _errors_naming(target, temporary):
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -139,7 +151,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if aside.exists() and not target.exists():
         aside.rename(target)
     temporary = _temporary_sibling(target)
-    temporary.mkdir()
+    with _errors_naming(target, temporary):
+        temporary.mkdir()
     try:
         yield temporary
         _flush_folder(temporary)

@@ -133,7 +133,7 @@ def check_size(image: Image.Image, label: str, max_pixels: int = DEFAULT_MAX_PIX
     if width * height > max_pixels:
         raise InputError(
             f"{label} is {width} x {height} = {width * height:,} pixels; the limit is {max_pixels:,}. "
-            "Scale it down first, or raise max_pixels",
+            "Scale it down first",
             path=label,
             width=width,
             height=height,

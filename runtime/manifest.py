@@ -205,7 +205,7 @@ def manifest_from_dict(raw: Mapping[str, Any], *, where: str) -> Manifest:
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{where} has schema_version {version}, this tclkit reads {SCHEMA_VERSION}. "
-            f"{'Upgrade tclkit: pip install -U tclkit' if version > SCHEMA_VERSION else AGAIN}",
+            f"{'Take a newer tclkit' if version > SCHEMA_VERSION else AGAIN}",
             expected=SCHEMA_VERSION,
             found=version,
         )

@@ -47,6 +47,7 @@ from .cpu_records import (
 )
 from .engines import build_command
 from .errors import BackendError, BundleError, InputError
+from .extras import install_command
 from .manifest import graph_precision
 from .memory import trim_heap
 from .processor import usable_cpus
@@ -299,7 +300,7 @@ def import_openvino() -> Any:
         with _without_telemetry():
             import openvino
     except (ImportError, OSError, RuntimeError) as error:
-        remedy = 'Install it: pip install "tclkit[openvino]", or take --backend onnxruntime'
+        remedy = f"Install it: {install_command('openvino')}. Or take --backend onnxruntime"
         raise BackendError(f"openvino cannot be imported ({error}). {remedy}") from error
     return openvino
 

@@ -216,7 +216,9 @@ def plan_fit(
     else:
         resized_size = rescaled_size(*source_size, short=min(graph_size))
     if fit != "stretch" and min(resized_size) < patch_size:
-        raise InputError(_aspect_message(source_size, resized_size, fit, patch_size), source_size=source_size, fit=fit)
+        slides = min(rescaled_size(*source_size, short=min(graph_size))) >= patch_size
+        message = _aspect_message(source_size, resized_size, fit, patch_size, slides=slides)
+        raise InputError(message, source_size=source_size, fit=fit)
     stride = (max(1, graph_size[0] // 2), max(1, graph_size[1] // 2))
     return FitPlan(
         fit=fit,
@@ -256,7 +258,7 @@ def sizes_with_scales(graph_sizes: Sequence[tuple[int, int]]) -> list[tuple[int,
         height, width = graph_sizes[0]
         raise InputError(
             f"scales need image graphs of one aspect in two sizes or more, found {have}. Export the model with more: "
-            f"tclkit export --size {height}x{width} --size {2 * height}x{2 * width}",
+            f"tclkit export CHECKPOINT -o FOLDER --size {height}x{width} --size {2 * height}x{2 * width}",
             found=have,
         )
     return found
@@ -278,10 +280,12 @@ def _size_inside(source_size: tuple[int, int], graph_size: tuple[int, int]) -> t
     return min(height, graph_size[0]), min(width, graph_size[1])
 
 
-def _aspect_message(source_size: tuple[int, int], resized_size: tuple[int, int], fit: str, patch_size: int) -> str:
+def _aspect_message(
+    source_size: tuple[int, int], resized_size: tuple[int, int], fit: str, patch_size: int, *, slides: bool
+) -> str:
     height, width = source_size
     return (
         f"the image is {width} x {height} pixels; fitted ({fit}) it would be {resized_size[1]} x {resized_size[0]}, "
         f"thinner than one patch of {patch_size}. Cut it into pieces, or use the fit "
-        + ("'slide' or 'stretch'" if fit == "whole" else "'stretch'")
+        + ("'slide' or 'stretch'" if slides else "'stretch'")
     )

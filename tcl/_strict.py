@@ -39,7 +39,10 @@ def dataclass_from_dict(kind: type[T], values: Mapping[str, Any], where: str) ->
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; add them.", missing=missing)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} (in {where})", **error.values) from error
 
 
 _SCALARS: dict[object, tuple[tuple[type, ...], str]] = {

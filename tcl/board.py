@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tclkit.runtime.drawing import draw_overlay
 from tclkit.runtime.errors import ConfigError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.labels import BACKGROUND
 from tclkit.runtime.tokenizer import shortened
 from tclkit.runtime.upsample import resize_masks
@@ -34,7 +35,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                'monitoring.tensorboard needs a package: pip install "tclkit[train]", or set it to false',
+                f"monitoring.tensorboard needs a package: {install_command('train')}. Or set it to false",
                 key="tensorboard",
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=first_step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tclkit.runtime.errors import CheckpointError
 from tclkit.runtime.files import atomic_file
 
-from ._torch_archive import DAMAGE, archive_root, is_torchscript, plain_from_inert, read_archive, require_whole
+from ._torch_archive import DAMAGE, Inert, archive_root, is_torchscript, plain_from_inert, read_archive, require_whole
 from .clip import ClipConfig, config_from_clip, load_clip
 from .model import TCL, TCLConfig
 from .official import clip_from_official, is_official, model_from_official
@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "extra": extra,
         }
     raise CheckpointError(
-        f"{path} is no TCL checkpoint: it has no grounder. A CLIP file goes to clip=, beside a TCL checkpoint.",
+        f"{path} is no TCL checkpoint: it has no grounder. A CLIP file goes to --clip, beside a TCL checkpoint.",
         path=str(path),
     )
 
@@ -110,7 +110,8 @@ def load_model(checkpoint: str | Path | Mapping[str, Any], *, clip: str | Path |
 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}.", path=str(path))
+        why = f"{path} is a folder; give the checkpoint file in it." if path.is_dir() else f"there is no file {path}."
+        raise CheckpointError(why, path=str(path))
     if archive_root(path) is None:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) was not written by torch.save, or it is cut short; fetch it again.",
@@ -118,7 +119,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         )
     if is_torchscript(path):
         raise CheckpointError(
-            f"{path} is a TorchScript archive, as OpenAI ships CLIP; pass it as clip=.", path=str(path)
+            f"{path} is a TorchScript archive, as OpenAI ships CLIP; give it as --clip.", path=str(path)
         )
     try:
         require_whole(path)
@@ -128,7 +129,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again.", path=str(path)) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a TCL checkpoint.", path=str(path))
+        kind = content.name if isinstance(content, Inert) else type(content).__name__
+        raise CheckpointError(f"{path} holds a {kind}, not the state dict of a TCL model.", path=str(path))
     return content
 
 

@@ -121,17 +121,26 @@ def load_clip(source: str | Path, *, quick_gelu: bool | None = None) -> tuple[Cl
         CheckpointError: the file is missing, damaged, or no CLIP with a ViT image tower that has a class token.
         DownloadError: open_clip could not fetch the named weights.
     """
+    require_clip(source)
     path = Path(source)
     if path.is_file():
         return clip_from_state_dict(_read_state_dict(path), quick_gelu=quick_gelu, where=str(path))
     name, _, tag = str(source).partition(":")
-    if name not in open_clip.list_models():
+    return _load_named(name, tag or "openai")
+
+
+def require_clip(source: str | Path) -> None:
+    """Refuse what `load_clip` could not load whatever is in it, without loading anything.
+
+    Raises:
+        CheckpointError: neither a file nor the name of an open_clip model.
+    """
+    if not Path(source).is_file() and str(source).partition(":")[0] not in open_clip.list_models():
         raise CheckpointError(
             f"{source!r} is neither a file nor an open_clip model. Give an OpenAI CLIP file (a .pt with a ViT), "
             f"or a name such as ViT-B-16.",
             source=str(source),
         )
-    return _load_named(name, tag or "openai")
 
 
 def clip_from_state_dict(
@@ -341,15 +350,20 @@ def _load_named(name: str, tag: str) -> tuple[ClipConfig, CLIP]:
     # Since 3.0 open_clip builds the named architecture as it stands and only warns when the weights' GELU is another;
     # before, OpenAI's weights decided it themselves, and this table said nothing about the others.
     quick_gelu = is_openai or bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # a screenful of the hub's retries, which end in the one exception
     try:
         clip = open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu", force_quick_gelu=quick_gelu)
     except (OSError, RuntimeError) as error:
+        why = str(error).rstrip(".")
         raise DownloadError(
-            f"open_clip could not load {name}:{tag} ({error}). Fetch the file on a machine with network, "
+            f"open_clip could not load {name}:{tag} ({why}). Fetch the file on a machine with network, "
             "and give its path instead of the name.",
             name=name,
             tag=tag,
         ) from error
+    finally:
+        logging.disable(before)
     config = config_from_clip(clip)
     clip.eval()
     if is_openai:

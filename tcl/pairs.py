@@ -72,7 +72,8 @@ class PairsConfig:
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             raise ConfigError(
                 f"pairs.weights must be one positive number for each of {len(self.sources)} sources, "
-                f"not {self.weights!r}",
+                f"not {self.weights!r}. Give as many, as in --set 'pairs.weights={[1] * len(self.sources)}', or none: "
+                "--set 'pairs.weights=[]'",
                 key="weights",
             )
         if not 0 <= self.max_broken < 1:

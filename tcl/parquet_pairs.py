@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tclkit.runtime.errors import InputError
+from tclkit.runtime.extras import install_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,7 +135,7 @@ def _row_groups(path: Path) -> list[tuple[RowGroup, int]]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise InputError(
-            f'reading {path} needs pyarrow: pip install "tclkit[parquet]" (in a checkout: pip install ".[parquet]")',
+            f"reading {path} needs pyarrow: {install_command('parquet')}",
             path=str(path),
         ) from error
     try:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +137,9 @@ def read_own_clip(path: Path, fingerprint: Mapping[str, Any] | None = None) -> t
         return None
     try:
         require_whole(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of others
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         is_others = not is_archive or isinstance(error, pickle.UnpicklingError)
         if is_others and fingerprint is None:

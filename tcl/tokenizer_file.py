@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tclkit.runtime.errors import ExportError
+from tclkit.runtime.extras import install_command
 
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -94,7 +95,7 @@ def _vocabulary_file() -> Path:
             return path
     raise ExportError(
         "CLIP's vocabulary file bpe_simple_vocab_16e6.txt.gz was not found: it comes with open_clip. "
-        'Install it: pip install "tclkit[export]"'
+        f"Install it: {install_command('export')}"
     )
 
 

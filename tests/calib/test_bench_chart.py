@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tclkit.calib import draw_chart
-from tclkit.calib.bench_chart import _STAGE_COLOURS, _linear_ticks, _log_ticks, _sweeps
+from tclkit.calib.bench_chart import _STAGE_COLOURS, _linear_ticks, _log_ticks, _public, _sweeps
 from tclkit.runtime.errors import InputError
 
 
@@ -76,3 +76,14 @@ def test_logarithmic_ticks_hold_both_ends(lowest: float, highest: float) -> None
     assert highest <= ticks[-1]
     assert len(ticks) >= 2
     assert ticks == sorted(ticks)
+
+
+@pytest.mark.parametrize(
+    ("problem", "shown"),
+    [
+        ("mine has no graph in int8, only in fp32. Make it: tclkit build-engine --model /home/me/mine", None),
+        ("/home/me/models/mine/engines/a.engine is damaged", "a.engine is damaged"),
+    ],
+)
+def test_a_picture_to_share_holds_no_paths(problem: str, shown: str | None) -> None:
+    assert _public(problem) == (shown or "mine has no graph in int8, only in fp32")

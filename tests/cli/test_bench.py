@@ -1,3 +1,4 @@
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +49,16 @@ def test_one_document_for_a_pipe(tiny_model: Path, invoke: Invoke) -> None:
     assert document["settings"]["seed"] == 0
 
 
-def test_when_none_runs_it_fails_and_says_why(tiny_model: Path, invoke: Invoke) -> None:
+def test_when_none_runs_it_fails_and_says_why(
+    tiny_model: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tclkit.calib.bench.open_gemm_meters", lambda *_, **__: pytest.fail("the peak was measured"))
+    Path("tclkit-bench").mkdir()
+    Path("tclkit-bench/results.json").write_text("of an earlier run")
     result = invoke("bench", *QUICK, "--backend", "onnxruntime", "--precision", "int8", "--prompts", "2")
     assert result.exit_code == 1
+    assert Path("tclkit-bench/results.json").read_text() == "of an earlier run"
+    assert "written" not in result.stderr
     assert "error: onnxruntime int8: " in result.stderr
     assert "no image graph in int8" in result.stderr
     assert not Path("tclkit-bench/chart.png").exists()
@@ -96,9 +104,9 @@ def test_wrong_usage_is_told_before_anything_runs(invoke: Invoke, arguments: lis
         (["--model", "tcl-shaeps"], "tcl-shaeps"),
         (["--size", "0x448"], "no image graph for 0x448, only for 64x64"),
         (["--image", "missing.jpg"], "missing.jpg does not exist"),
-        (["--image", "tclkit-bench"], "is a folder, not an image"),
-        (["-o", "small.png"], "small.png: File exists"),
-        (["-o", "small.png/here"], "small.png/here: Not a directory"),
+        (["--image", "."], "is a folder, not an image"),
+        (["-o", "small.png"], "small.png is a file, but the results need a folder: give another with -o"),
+        (["-o", "small.png/here"], "small.png is a file, but the results need a folder: give another with -o"),
     ],
     ids=str,
 )
@@ -108,3 +116,16 @@ def test_what_cannot_be_used_is_one_line(tiny_model: Path, invoke: Invoke, argum
     assert message in result.stderr
     assert result.stderr.count("error: ") == 1
     assert result.stdout == ""
+
+
+def test_a_disk_that_fills_up_costs_the_files_only(
+    tiny_model: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = invoke("bench", *QUICK, "--backend", "onnxruntime", "--precision", "fp32", "--prompts", "1")
+    assert result.exit_code == 1
+    assert "Frames of tiny" in result.stdout
+    assert "error: tclkit-bench/results.json: No space left on device\n" in result.stderr

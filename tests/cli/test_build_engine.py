@@ -34,13 +34,16 @@ def test_fp16_without_tensorrt_prepares_and_says_how_to_go_on(invoke: Invoke, mo
     assert "passed" in result.stdout
     assert f"no engine was built: TensorRT is not installed here. Copy {models_folder / 'tcl-shapes'}" in result.stderr
     assert "run the same command there" in result.stderr
+    assert f"what was built is in a copy of it, {models_folder / 'tcl-shapes'}" in result.stderr
+    (following,) = [line for line in result.stderr.splitlines() if line.startswith("next")]
+    assert following.endswith("/tcl-shapes --backend onnxruntime --precision fp16")
     again = invoke("build-engine", "--fp16", "--prepare-only", "--json")
     assert again.exit_code == 0
     document = json.loads(again.stdout)
     assert document["verdicts"] == []  # the graph is there, and nothing was compiled
     assert document["missing"] is None
     assert "image.fp16.onnx is taken as the bundle holds it" in again.stderr
-    segmented = invoke("verify", "tcl-shapes", "--report", models_folder / "report.md")
+    segmented = invoke("verify", "--model", "tcl-shapes", "--report", models_folder / "report.md")
     assert segmented.exit_code == 0, segmented.stderr
     assert "tclkit verify: tcl-shapes: passed" in (models_folder / "report.md").read_text(encoding="utf-8")
 
@@ -82,13 +85,15 @@ def test_below_the_gate_the_table_is_an_error_and_nothing_is_written(invoke: Inv
         (("--int8", "--smoothing", "0.5", "--no-smoothing"), 2, "choose one of the two"),
         (("--int8", "--smoothing", "2"), 2, "not in the range 0 to 1"),
         (("--fp16", "--min-iou", "nan"), 2, "not in the range 0 to 1"),
+        (("--fp16", "--seed", "-1"), 2, "--seed"),
+        (("--fp16", "--decoder-only"), 2, "chooses layers for INT8"),
         (("--fp16", "--max-batch", "0"), 2, "--max-batch"),
         (("--fp16", "--size", "big"), 2, "is no size"),
         (("--fp16", "--size", "64x64"), 1, "has image graphs for 128x128, not for 64x64"),
-        (("--fp16", "--auto"), 1, "auto chooses layers for INT8"),
-        (("--fp32", "--prepare-only"), 1, "nothing to prepare"),
-        (("--bf16", "--device", "cpu", "--decoder", "direct", "--prepare-only"), 1, "nothing to prepare"),
-        (("--int8", "--decoder", "winograd4"), 1, "other forms of the decoder are for processors: add --device cpu"),
+        (("--fp16", "--auto"), 2, "auto chooses layers for INT8"),
+        (("--fp32", "--prepare-only"), 2, "nothing to prepare"),
+        (("--bf16", "--device", "cpu", "--decoder", "direct", "--prepare-only"), 2, "nothing to prepare"),
+        (("--int8", "--decoder", "winograd4"), 2, "other forms of the decoder are for processors: add --device cpu"),
         (("--fp32", "--device", "cpu", "--decoder", "winograd"), 2, "is not one of"),
         (("--int8", "--device", "cpu"), 1, "INT8 needs images to calibrate on"),
         (("--int8",), 1, "INT8 needs images to calibrate on"),
@@ -105,8 +110,24 @@ def test_what_cannot_be_done_is_said(
     Path("empty").mkdir()
     result = invoke("build-engine", *arguments)
     assert result.exit_code == exit_code, result.stderr
+    assert "a copy of it" not in result.stderr
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "photos"]
+
+
+@pytest.mark.parametrize("report", [".", "photos", "photos/0.png/report.md"])
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_judged(
+    invoke: Invoke, photos: str, report: str
+) -> None:
+    result = invoke("verify", "--report", report)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "with --report" in result.stderr
+
+
+def test_verify_takes_one_model(invoke: Invoke) -> None:
+    result = invoke("verify", "tcl-shapes", "--model", "tcl-shapes")
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
 
 
 @pytest.mark.usefixtures("without_openvino")
@@ -151,7 +172,7 @@ def test_the_whole_path_on_a_processor(invoke: Invoke, scene: Path, models_folde
 
 @pytest.mark.usefixtures("without_openvino")
 def test_a_processor_without_openvino(invoke: Invoke, models_folder: Path) -> None:
-    missing = 'nothing was compiled: OpenVINO is not installed here (pip install "tclkit[openvino]")'
+    missing = 'nothing was compiled: OpenVINO is not installed here (pip install ".[openvino]" in a checkout of tclkit'
     result = invoke("build-engine", "--device", "cpu", "--bf16", "--decoder", "direct")
     assert result.exit_code == 3
     assert missing in result.stderr

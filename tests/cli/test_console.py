@@ -97,6 +97,6 @@ def test_json_is_plain_ascii(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_extra_is_named_with_its_remedy() -> None:
-    with pytest.raises(TclkitError, match=r'needs no_such_package, .*: pip install "tclkit\[export\]"'):
+    with pytest.raises(TclkitError, match=r'needs no_such_package, .*: pip install "\.\[export\]"'):
         _console.require_extra("export", "json", "no_such_package")
     _console.require_extra("export", "json")

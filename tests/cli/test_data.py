@@ -21,6 +21,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_file_in_the_way(invoke: Invoke) -> None:
+    Path("file").write_text("")
+    result = invoke("data", "world", "-o", "file", "--scenes", "1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: file is a file, but the results need a folder: give another with -o\n"
+
+
 def test_from_the_world_to_pairs_and_figures(invoke: Invoke) -> None:
     arguments = ("data", "world", "-o", "world", "--scenes", "7", "--per-shard", "3", "--size", "64")
     result = invoke(*arguments, "--labelled", "2")

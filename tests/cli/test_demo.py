@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(invoke: Invoke) -> None:
     Path("file").write_text("")
     result = invoke("demo", "-o", "file/inside")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("error: file is a file, but the results need a folder")
     assert result.stderr.count("\n") == 1
 
 

@@ -29,6 +29,10 @@ def test_a_bank(invoke: Invoke) -> None:
     np.testing.assert_allclose(np.linalg.norm(bank.embeddings, axis=1), 1, atol=1e-6)
 
 
+def test_one_prompt_is_not_several(invoke: Invoke) -> None:
+    assert invoke("embed", "red").stderr.startswith("1 prompt of tiny: ")
+
+
 def test_prompts_from_a_file(invoke: Invoke) -> None:
     Path("words.txt").write_bytes("\ufeffblue\r\n\n  a green square \n".encode())
     assert invoke("embed", "red", "--from", "words.txt", "-o", "out/bank.npz").exit_code == 0
@@ -44,12 +48,12 @@ def test_prompts_from_standard_input(invoke: Invoke) -> None:
     ("arguments", "exit_code", "message"),
     [
         ([], 2, "there is nothing to embed"),
-        (["--from", "empty.txt"], 2, "there is nothing to embed"),
+        (["--from", "empty.txt"], 2, "there is nothing to embed: empty.txt holds no prompt"),
         (["--from", "nowhere.txt"], 1, "nowhere.txt cannot be read: No such file"),
         (["--from", "binary.txt"], 1, "binary.txt is not a UTF-8 text file: byte 1 is 0xff"),
         (["red", "red"], 1, "prompts 1 and 2 are the same"),
         (["red", "-o", "bank.txt"], 1, "bank.txt: a prompt bank is an .npz file"),
-        (["red", "--model", "unknown"], 1, "tclkit pull unknown"),
+        (["red", "--model", "unknown"], 1, "model 'unknown' is not installed"),
     ],
 )
 def test_what_cannot_be_embedded(invoke: Invoke, arguments: list[str], exit_code: int, message: str) -> None:

@@ -123,7 +123,7 @@ def test_prepare_says_what_is_missing(invoke: Invoke, data: Path) -> None:
     (report,) = document(result)["benchmarks"]
     assert (report["images"], len(report["missing"])) == (3, 1)
     assert report["missing"][0].endswith("2007_000042.png does not exist")
-    assert invoke("data", "prepare", "voc21", "--root", "data").exit_code == 1
+    assert invoke("data", "prepare", "voc21", "--root", "data").exit_code == 2
     assert invoke("data").exit_code == 2
 
 
@@ -276,6 +276,9 @@ def test_ranks_and_workers(invoke: Invoke, here: Path, mini: ModuleType, model: 
         (["-b", "ade20k", "--data", "d", "--threshold", "0.5"], "no effect on ade20k"),
         (["-b", "voc20", "--data", "d", "--contrast", "sky"], "no effect on voc20"),
         (["--clip", "ViT-B-16"], "--clip goes with --torch CHECKPOINT"),
+        (["--contrast", " "], "--contrast: is empty"),
+        (["--rank", "3", "--world-size", "2"], "ranks of 2 are 0 to 1"),
+        (["--compare", "fp32,fp32"], "one or more different"),
         (["--limit", "0"], "--limit"),
         (["--threshold", "2"], "not in the range"),
     ],
@@ -295,12 +298,21 @@ def test_usage_errors(invoke: Invoke, here: Path, arguments: list[str], text: st
         (["--precision", "int8"], "no image graph in int8"),
         (["--torch", "no-such.pt"], "there is no file no-such.pt"),
         (["--scales"], "of one aspect in two sizes or more, found 128x128"),
-        (["--rank", "3", "--world-size", "2"], "ranks of 2 are 0 to 1"),
-        (["--compare", "fp32,fp32"], "one or more different"),
+        (["-o", "file"], "file is a file, but the results need a folder"),
     ],
 )
 def test_errors_are_one_line(invoke: Invoke, here: Path, arguments: list[str], text: str) -> None:
+    Path("file").write_text("")
     result = invoke("eval", *arguments)
     assert result.exit_code == 1
     assert text in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_where_nothing_was_evaluated_earlier_results_stay(invoke: Invoke, here: Path) -> None:
+    Path("tclkit-eval").mkdir()
+    Path("tclkit-eval/results.json").write_text("of an earlier run")
+    result = invoke("eval", "-b", "voc", "--data", "nope")
+    assert result.exit_code == 1
+    assert Path("tclkit-eval/results.json").read_text() == "of an earlier run"
+    assert "results:" not in result.stderr

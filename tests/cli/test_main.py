@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from typer.testing import Result
 
 from tclkit.cli.main import app
 
@@ -22,7 +23,7 @@ OPTIONS = {
     "--seed --decoder-only --auto --ranges --smoothing --no-smoothing --prompts --min-agreement --min-iou --min-cosine "
     "--size --max-batch --max-prompts --workspace --timing-cache --hardware-compatible --version-compatible --dla "
     "--prepare-only --output -o --json --debug",
-    "verify": "model --calibration --images --prompts --report --json --debug",
+    "verify": "bundle --model -m --calibration --images --prompts --report --json --debug",
     "train": "--config -c --output -o --set --resume --dry-run --json --debug",
     "embed": "prompts --output -o --from --model -m --debug",
     "info": "--json --debug",
@@ -31,7 +32,7 @@ OPTIONS = {
     "--pictures --no-pictures --classes --json --debug",
     "bench": "--model -m --backend --precision --prompts --size --batch --against --image --rounds --warm-up --threads "
     "--seed --memory --no-memory --output -o --json --debug",
-    "data": "",
+    "data": "--debug",
     "data prepare": "name --root --source --check --json --debug",
     "data world": "--output -o --scenes --per-shard --size --seed --colours --labelled --json --debug",
 }
@@ -65,6 +66,7 @@ def test_every_option_is_explained() -> None:
         assert [parameter.name for parameter in command.params if not parameter.help] == [], name
 
 
+Invoke = Callable[..., Result]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -91,3 +93,17 @@ def test_a_full_disk_behind_the_output_is_an_error() -> None:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert result.stderr == "error: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["", "segment", "verify", "eval", "data", "data world"])
+def test_help_shows_no_insides_of_typer(invoke: Invoke, command: str) -> None:
+    shown = invoke(*command.split(), "--help").stdout
+    for leak in ("[[", "<bool>", "BOOLEAN", "default: ("):
+        assert leak not in shown
+
+
+def test_a_wrong_choice_reads_well(invoke: Invoke) -> None:
+    result = invoke("segment", "a.png", "red", "--backend", "foo")
+    assert result.exit_code == 2
+    assert "'foo' is not one of" in " ".join(result.stderr.replace("│", " ").split())
+    assert "Value error" not in result.stderr

@@ -1,10 +1,11 @@
 """Where overlays go."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tclkit.cli._outputs import plan_overlays
+from tclkit.cli._outputs import plan_overlays, require_output_file, require_output_folder
 from tclkit.cli._sources import Source
 from tclkit.runtime.errors import InputError
 
@@ -77,3 +78,29 @@ def test_many_images_need_a_folder() -> None:
 def test_an_unknown_format_is_refused_before_any_work() -> None:
     with pytest.raises(InputError, match=r"out\.txt: an overlay is written as one of \.png"):
         plan("in/a.jpg", output="out.txt")
+
+
+@pytest.mark.parametrize("folder", [".", "new", "new/deep", "old", "old/new"])
+def test_a_folder_for_results_is_not_made_by_asking(folder: str) -> None:
+    Path("old").mkdir()
+    require_output_folder(Path(folder))
+    require_output_file(Path(folder) / "report.md", "--report")
+    assert [path.name for path in Path().iterdir()] == ["old"]
+
+
+def test_a_file_in_the_way_of_results() -> None:
+    sources("file")
+    for folder in ("file", "file/inside/deep"):
+        with pytest.raises(InputError, match=r"^file is a file, but the results need a folder: give another with -o$"):
+            require_output_folder(Path(folder))
+    with pytest.raises(InputError, match=r"file is a file, .* with --report"):
+        require_output_file(Path("file/report.md"), "--report")
+    with pytest.raises(InputError, match=r"^\. is a folder: give a file with --report, such as report\.md$"):
+        require_output_file(Path(), "--report")
+
+
+def test_a_folder_that_may_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("ro").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "ro")
+    with pytest.raises(InputError, match=r"^the folder ro may not be written: give another place with -o$"):
+        require_output_folder(Path("ro/new"))

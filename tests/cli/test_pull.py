@@ -89,4 +89,4 @@ def test_without_torch_the_remedy_is_named(
     result = invoke(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "this command needs torch, which the light install leaves out" in result.stderr
-    assert f'pip install "tclkit[{extra}]"' in result.stderr
+    assert f'pip install ".[{extra}]" in a checkout of tclkit' in result.stderr

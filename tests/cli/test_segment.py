@@ -87,7 +87,7 @@ def test_mirrored_and_in_several_sizes(
 def test_one_size_is_no_scale(invoke: Invoke, scene: Path) -> None:
     result = invoke("segment", scene, "red", "--scales")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "tclkit export --size 64x64 --size 128x128" in result.stderr
+    assert "tclkit export CHECKPOINT -o FOLDER --size 64x64 --size 128x128" in result.stderr
 
 
 def test_the_second_call_runs_no_text_encoder(run_process: Run, scene: Path) -> None:

@@ -72,9 +72,9 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     "header.png": (lambda path, whole: path.write_bytes(whole.read_bytes()[:20]), ["header.png"]),
     "thin.png": (
         lambda path, whole: Image.new("RGB", (3000, 1)).save(path),
-        ["thin.png: the image is 3000 x 1", "'slide' or 'stretch'"],
+        ["thin.png: the image is 3000 x 1", "use the fit 'stretch'"],
     ),
-    "huge.png": (huge_header, ["huge.png is 30000 x 30000", "the limit is"]),
+    "huge.png": (huge_header, ["huge.png is 30000 x 30000", "the limit is 100,000,000. Scale it down first\n"]),
 }
 
 
@@ -185,6 +185,7 @@ def test_any_text_is_a_prompt(invoke: Invoke, scene: Path, prompt: str) -> None:
 
 def test_a_model_that_is_not_installed_names_two_ways_on(invoke: Invoke, scene: Path) -> None:
     result = invoke("segment", scene, "red", "--model", "tcl-vit-b-16")
+    assert "Did you mean" not in result.stderr
     assert_refused(result, "'tcl-vit-b-16' is not installed", "tclkit pull tcl-vit-b-16", "tclkit export CHECKPOINT -o")
 
 
@@ -281,3 +282,9 @@ def test_processes_that_fill_one_cache(scene: Path) -> None:
     assert (after["stats"]["text_encoder_runs"], after["stats"]["text_cache_hits"]) == (0, 40)
     found = [json.loads(stdout)["images"][0]["prompts"] for stdout, _ in answers]
     assert found == [after["images"][0]["prompts"]] * 3
+
+
+def test_an_empty_contrast_is_not_called_prompt_1(invoke: Invoke, scene: Path) -> None:
+    result = invoke("segment", scene, "red", "--contrast", "")
+    assert result.exit_code == 2
+    assert "--contrast: is empty" in result.stderr

@@ -1,5 +1,6 @@
 """Which images IMAGE means."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tclkit.runtime.errors import InputError
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.JPG", "a.png", "notes.txt", "a-overlay.png", "sub/c.png", "odd[1].png"):
+    for name in ("b.JPG", "a.png", "notes.txt", "a-overlay.png", "sub/c.png", "odd[1].png", "dir[1]/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     return tmp_path
@@ -27,9 +28,12 @@ def names(image: str) -> list[str]:
         ("a.png", ["a.png"]),
         ("notes.txt", ["notes.txt"]),  # reading it says what is wrong with it
         (".", ["a.png", "b.JPG", "odd[1].png"]),
-        ("*.png", ["a-overlay.png", "a.png", "odd[1].png"]),
-        ("**/*.png", ["a-overlay.png", "a.png", "odd[1].png", "sub/c.png"]),
+        ("*.png", ["a.png", "odd[1].png"]),
+        ("**/*.png", ["a.png", "dir[1]/d.png", "odd[1].png", "sub/c.png"]),
         ("odd[1].png", ["odd[1].png"]),  # a file before a pattern
+        ("dir[1]/*.png", ["dir[1]/d.png"]),  # a folder, too
+        ("dir[[]1]/*.png", ["dir[1]/d.png"]),
+        ("./s*/*.png", ["sub/c.png"]),
         ("-", ["standard input"]),
     ],
 )
@@ -62,3 +66,10 @@ def test_a_folder_stands_for_many_even_with_one_image(pictures: Path, image: str
 def test_reading(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = find_sources("a.png")
     assert source.read() == Path("a.png")
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = find_sources("-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        source.read()

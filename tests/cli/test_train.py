@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import Result
 
-from tclkit.runtime.errors import TrainingStoppedError
+from tclkit.runtime.errors import ConfigError, TrainingStoppedError
 from tclkit.tcl.config import TrainConfig
 from tclkit.tcl.distributed import Place
 from tclkit.tcl.dry_run import DryRun
@@ -128,3 +129,31 @@ def test_a_run_of_another_configuration_is_not_mixed_in(invoke: Invoke, argument
     assert "--resume never" in result.stderr
     assert invoke(*arguments, "--set", "seed=1", "-o", "run", "--resume", "never").exit_code == 0
     assert json.loads(Path("run/config.json").read_text())["seed"] == 1
+
+
+def test_the_configuration_of_the_help_s_example_is_valid() -> None:
+    from tclkit.cli.train import train
+    from tclkit.tcl.config import load_config
+
+    assert train.__doc__ is not None
+    example = next(line for line in train.__doc__.splitlines() if "--set" in line)
+    words = shlex.split(example)
+    overrides = [words[number + 1] for number, word in enumerate(words) if word == "--set"]
+    assert load_config("tcl-vit-b-16", overrides).pairs is not None
+    with pytest.raises(ConfigError, match=r"each of 1 sources.*--set 'pairs.weights=\[1\]'"):
+        load_config("tcl-vit-b-16", overrides[:1])
+
+
+def test_a_run_folder_that_is_a_file_is_one_line(invoke: Invoke, arguments: list[str]) -> None:
+    Path("file").write_text("")
+    result = invoke(*arguments, "-o", "file")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: file is a file, but the results need a folder: give another with -o\n"
+
+
+def test_sources_are_looked_at_before_a_clip_is_fetched(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_clip.create_model", lambda *_, **__: pytest.fail("fetched"))
+    sources = ("--set", 'pairs.sources=["nowhere/{0..3}.tar"]', "--set", "pairs.weights=[1]")
+    result = invoke("train", "-c", "tcl-vit-b-16", *sources, "--dry-run")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nowhere/0.tar" in result.stderr

@@ -22,6 +22,7 @@ from tclkit.export.verify import verify_bundle
 from tclkit.runtime.bundle import find_bundle, open_bundle, write_manifest
 from tclkit.runtime.cpu_records import CPU_RECORDS_FOLDER, read_cpu_records, write_cpu_record
 from tclkit.runtime.errors import BackendError, BundleError, ConfigError, ExportError, InputError, ParityError
+from tclkit.runtime.extras import install_command
 from tclkit.runtime.files import cache_folder
 from tclkit.runtime.openvino_backend import openvino_core
 from tclkit.runtime.segmenter import Segmenter
@@ -355,7 +356,7 @@ def test_without_openvino_what_can_be_is_prepared(
 ) -> None:
     before = contents(folder)
     result = build_engine(folder, config(precision, images, decoder=decoder, thresholds=MILD))
-    assert result.missing == 'OpenVINO is not installed here (pip install "tclkit[openvino]")'
+    assert result.missing == f"OpenVINO is not installed here ({install_command('openvino')})"
     assert list(result.records) == []
     assert (
         set(contents(folder)) - set(before)

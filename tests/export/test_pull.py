@@ -11,7 +11,8 @@ from tclkit.export import bundle_writer
 from tclkit.export import pull as pull_module
 from tclkit.export.pull import PUBLISHED_MODELS, pull
 from tclkit.runtime import open_bundle
-from tclkit.runtime.errors import CheckpointError, DownloadError, InputError
+from tclkit.runtime.bundle import PUBLISHED_NAMES
+from tclkit.runtime.errors import CheckpointError, DownloadError, ExportError, InputError
 from tclkit.runtime.files import cache_folder, models_folder, sha256_from_file
 
 NAME = "tcl-vit-b-16"
@@ -170,8 +171,9 @@ def test_nothing_is_built_from_what_is_wrong(
     }
     changed, message = faults[fault]
     mirror.files = {path: content for path, content in {**mirror.files, **changed}.items() if content}
-    with pytest.raises(DownloadError, match=message):
+    with pytest.raises(DownloadError, match=message) as caught:
         pull(NAME, out=tmp_path / "b")
+    assert ".." not in str(caught.value)
     assert exported == []
     assert not (tmp_path / "b").exists()
 
@@ -213,3 +215,32 @@ def test_a_clip_without_a_published_hash_is_not_fetched(
     monkeypatch.setattr("open_clip.get_pretrained_cfg", lambda name, tag: {"hf_hub": "somewhere/"})
     with pytest.raises(DownloadError, match=r"no address with a hash for ViT-B-16:openai.*--clip FILE"):
         pull(NAME, out=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"sha256": "zz"}, InputError, "'zz' is no SHA-256"),
+        ({"clip": "/nope/clip.pt"}, CheckpointError, "neither a file nor an open_clip model"),
+        ({"out": "file"}, ExportError, "file is a file"),
+        ({"out": "."}, ExportError, "holds other files"),
+    ],
+    ids=str,
+)
+def test_what_could_only_fail_is_refused_before_anything_is_fetched(
+    mirror: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(error, match=message):
+        pull(NAME, **({"out": "new"} | given))  # type: ignore[arg-type]
+    assert paths(mirror) == []
+
+
+def test_the_runtime_knows_the_names_that_can_be_pulled() -> None:
+    assert set(PUBLISHED_NAMES) == set(PUBLISHED_MODELS)

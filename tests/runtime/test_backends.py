@@ -16,6 +16,7 @@ from tclkit.runtime import backends
 from tclkit.runtime.backends import Backend, available_backends, choose_backend, image_file
 from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.errors import BackendError
+from tclkit.runtime.extras import install_command
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_the_status_of_every_backend() -> None:
 def test_the_status_of_openvino_in_a_light_install() -> None:
     status = available_backends()[1]
     assert (status.name, status.available, status.version) == ("openvino", False, None)
-    assert status.remedy == 'It is not installed: pip install "tclkit[openvino]", or take --backend onnxruntime'
+    assert status.remedy == f"It is not installed: {install_command('openvino')}. Or take --backend onnxruntime"
 
 
 def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,7 @@ def test_the_status_of_tensorrt(monkeypatch: pytest.MonkeyPatch, tensorrt_simula
         assert "pip install 'cuda-python<13'" in status.remedy
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "cuda.bindings", None)
-        assert "pip install 'tclkit[tensorrt]'" in available_backends()[0].remedy
+        assert install_command("tensorrt") in available_backends()[0].remedy
     without_tensorrt(monkeypatch)
     status = available_backends()[0]
     assert (status.available, status.version) == (False, None)

@@ -105,7 +105,7 @@ def test_an_unknown_name_is_told_both_ways_on(folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         open_bundle("tcl-vit-b16")
     message = str(caught.value)
-    assert "tclkit pull tcl-vit-b16" in message
+    assert "Either fetch a published model: tclkit pull tcl-vit-b-16, or build one" in message
     assert "tclkit export CHECKPOINT -o" in message
     assert "Did you mean 'tcl-vit-b-16'?" in message
     assert "tcl-vit-b-16" in caught.value.values["installed"]

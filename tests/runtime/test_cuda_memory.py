@@ -157,7 +157,7 @@ def test_growing_that_fails_leaves_an_empty_buffer(simulator: Any) -> None:
 
 def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match=r"cuda-python cannot be imported .* pip install 'tclkit\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r'cuda-python cannot be imported .* pip install "\.\[tensorrt\]"'):
         cuda_runtime()
 
 

@@ -381,7 +381,9 @@ def test_the_command_names_an_installed_bundle(
     installed = open_bundle(write_tiny_bundle(tmp_path / "models" / "tiny"))
     assert engines.build_command(installed, "fp16") == "tclkit build-engine --fp16 --model tiny"
     elsewhere = open_bundle(write_tiny_bundle(tmp_path / "my models" / "tiny"))
-    assert engines.build_command(elsewhere, "int8") == f"tclkit build-engine --int8 --model '{elsewhere.folder}'"
+    assert engines.build_command(elsewhere, "int8") == (
+        f"tclkit build-engine --int8 --model '{elsewhere.folder}' --calibration IMAGES"
+    )
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "11.4.0.106"])

@@ -1,8 +1,10 @@
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,3 +173,16 @@ with atomic_file(sys.argv[1]) as temporary:
     newest.write_bytes(b"x")
     keep_within(tmp_path, "*.blob", 1000, newest=newest)
     assert _listing(tmp_path) == [young.name, "b.blob"]  # somebody may be writing it
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_errors_name_the_target_not_the_temporary(tmp_path: Path, atomic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    if atomic is atomic_folder:
+        monkeypatch.setattr(Path, "mkdir", lambda path, **how: None if how else refuse(path))
+    with pytest.raises(PermissionError) as caught, atomic(tmp_path / "target") as temporary:
+        temporary.write_text("new")
+    assert caught.value.filename == str(tmp_path / "target")

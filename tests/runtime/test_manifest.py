@@ -34,7 +34,7 @@ def test_precisions_are_those_of_every_size(raw: dict[str, Any]) -> None:
     assert manifest_from_dict(raw, where="").precisions == ("fp16",)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(2, "Upgrade tclkit"), (0, "export the bundle again")])
+@pytest.mark.parametrize(("version", "remedy"), [(2, "Take a newer tclkit"), (0, "export the bundle again")])
 def test_another_schema(raw: dict[str, Any], version: int, remedy: str) -> None:
     raw["schema_version"] = version
     with pytest.raises(BundleError, match=rf"schema_version {version}, this tclkit reads 1\. .*{remedy}"):

@@ -410,7 +410,7 @@ def test_nothing_is_reported_to_anybody() -> None:
 
 def test_a_missing_openvino_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendError, match=r'openvino cannot be imported .*pip install "tclkit\[openvino\]"'):
+    with pytest.raises(BackendError, match=r'openvino cannot be imported .*pip install "\.\[openvino\]"'):
         openvino_backend.import_openvino()
 
 

@@ -112,7 +112,10 @@ def test_scales_are_sizes_of_one_aspect_the_finest_first() -> None:
     assert planned((480, 640)) == planned((720, 1280), "slide") == [(672, 672), (448, 448), (224, 224)]
     assert planned((720, 1280)) == planned((720, 1280), "stretch") == [(448, 880), (224, 448)]
     assert [plan.resized_size for plan in plan_scales((300, 400), sizes)] == [(504, 672), (336, 448), (168, 224)]
-    with pytest.raises(InputError, match=r"found 448x448, 224x448\. .*: tclkit export --size 448x448 --size 896x896"):
+    with pytest.raises(
+        InputError,
+        match=r"found 448x448, 224x448\. .*: tclkit export CHECKPOINT -o FOLDER --size 448x448 --size 896x896",
+    ):
         plan_scales((480, 640), sizes[:2])
     with pytest.raises(InputError, match="unknown fit 'crop'"):
         plan_scales((480, 640), sizes, "crop")
@@ -160,8 +163,13 @@ def test_masks_on_the_grid_are_brought_to_pixels() -> None:
     [
         (
             "whole",
+            (40, 4000),
+            r"4000 x 40 pixels; fitted \(whole\) it would be 448 x 4, thinner .* 'slide' or 'stretch'",
+        ),
+        (
+            "whole",
             (20, 10000),
-            r"10000 x 20 pixels; fitted \(whole\) it would be 448 x 1, thinner .* 'slide' or 'stretch'",
+            r"448 x 1, thinner than one patch of 16\. Cut it into pieces, or use the fit 'stretch'$",
         ),
         ("whole", (10000, 1), "1 x 10000 pixels"),
         (

@@ -118,14 +118,14 @@ def test_files_that_are_none(content, message, tmp_path):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no file"):
+    with pytest.raises(CheckpointError, match="is a folder; give the checkpoint file in it"):
         load_checkpoint(tmp_path)
 
 
 def test_a_clip_is_no_checkpoint(golden):
-    with pytest.raises(CheckpointError, match=r"it has no grounder\. A CLIP file goes to clip="):
+    with pytest.raises(CheckpointError, match=r"it has no grounder\. A CLIP file goes to --clip,"):
         load_model(golden / "clip_tiny.pt")
-    with pytest.raises(CheckpointError, match="TorchScript archive, as OpenAI ships CLIP; pass it as clip="):
+    with pytest.raises(CheckpointError, match="TorchScript archive, as OpenAI ships CLIP; give it as --clip"):
         load_model(golden / "clip_micro_jit.pt")
 
 
@@ -133,6 +133,9 @@ def test_other_content_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds a list"):
         load_checkpoint(tmp_path / "list.pt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    with pytest.raises(CheckpointError, match=r"holds a torch\.nn\.modules\.linear\.Linear, not the state dict"):
+        load_checkpoint(tmp_path / "module.pt")
 
 
 def test_damage_is_always_one_clear_error(tiny_model, tmp_path):

@@ -273,3 +273,16 @@ def test_unknown_and_missing_keys_are_refused(clip_config):
     del values["embed_dim"]
     with pytest.raises(ConfigError, match="clip lacks embed_dim"):
         ClipConfig.from_dict(values)
+
+
+def test_the_hub_s_log_lines_are_not_shown(monkeypatch, caplog):
+    def create_model(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        logging.error("Failed to download weights")
+        raise RuntimeError("Failed to download weights.")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(DownloadError, match=r"\(Failed to download weights\)\. Fetch the file"):
+        load_clip("ViT-B-16")
+    assert caplog.text == ""
+    assert logging.getLogger("tclkit").isEnabledFor(logging.WARNING)

@@ -142,3 +142,8 @@ def test_a_configuration_of_pairs_comes_back_from_plain_values() -> None:
     config = load_config("tcl-vit-b-16")
     assert "world" not in config.to_dict()
     assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_value_that_a_section_refuses_is_told_with_the_section():
+    with pytest.raises(ConfigError, match=r"steps \(-1\) does not hold \(in tcl-shapes, \[grounder_training\]\)"):
+        load_config("tcl-shapes", ["grounder_training.steps=-1"])

@@ -269,7 +269,7 @@ def test_files_that_are_none_are_refused(write: Write, tmp_path: Path) -> None:
 def test_without_pyarrow_the_remedy_is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(4)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(path, r'needs pyarrow: pip install "tclkit\[parquet\]"')
+    refused(path, r'needs pyarrow: pip install "\.\[parquet\]"')
 
 
 def test_pyarrow_is_loaded_for_parquet_only() -> None:

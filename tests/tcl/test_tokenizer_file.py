@@ -98,5 +98,5 @@ def test_the_order_of_the_texts_does_not_matter() -> None:
 def test_missing_open_clip_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_file.importlib.util, "find_spec", lambda name: None)
     tokenizer_file._clip_merges.cache_clear()
-    with pytest.raises(ExportError, match=r'pip install "tclkit\[export\]"'):
+    with pytest.raises(ExportError, match=r'pip install "\.\[export\]"'):
         clip_tokenizer_json()
