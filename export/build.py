@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from tclkit import runtime
+from tclkit.calib.progress import silent
 from tclkit.runtime.bundle import Bundle, open_bundle, write_manifest
 from tclkit.runtime.cpu_records import CpuRecord
 from tclkit.runtime.engines import current_device
@@ -30,7 +31,7 @@ from tclkit.runtime.files import cache_folder, models_folder
 from tclkit.runtime.manifest import ImageEntry, graph_precision
 from tclkit.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
-from .bundle_folder import keep_other_files, link_bundle, new_folder, require_replaceable, write_errors
+from .bundle_folder import carry_over, keep_other_files, new_folder, require_replaceable, write_errors
 from .cpu_build import (
     cpu_backend,
     keep_compiled,
@@ -178,7 +179,7 @@ def build_engine(
     form = processor_form(source, config.decoder) if config.device == "cpu" else None
     if missing is not None and graph_precision(config.precision) == "fp32" and form is None:
         return BuildResult(bundle=source.folder, verdicts=(), graphs=(), engines=(), records=(), missing=missing)
-    report = progress or _silent
+    report = progress or silent
     most = config.engine.max_prompts if compiles and config.device == "gpu" else None
     text_ND = embedded_prompts(source, config.prompts, most=most)
     graphs: list[PreparedGraph] = []
@@ -187,7 +188,7 @@ def build_engine(
     verdicts: list[Verdict] = []
     with write_errors(target), new_folder(target) as folder:
         source = open_bundle(model, verify=False)  # as it is now that nobody else changes it
-        link_bundle(source, folder)
+        carry_over(source, folder, replaces=target)
         remove_outdated_graphs(folder)
         for entry in entries:
             work = _SizeWork(source, entry, config, form, text_ND, report)
@@ -533,7 +534,3 @@ def _note(folder: Path, verdict: Verdict, made: Mapping[str, Any]) -> None:
         "made": dict(made),
     }
     write_manifest(folder, raw)
-
-
-def _silent(what: str, done: int, in_all: int) -> None:
-    """Progress for callers who want none."""

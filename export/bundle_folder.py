@@ -142,8 +142,17 @@ def write_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def link_bundle(bundle: Bundle, target: Path) -> None:
-    """Give a new folder the files that a bundle lists, and what was built of them, by links where links can be made."""
+def carry_over(bundle: Bundle, folder: Path, *, replaces: Path) -> None:
+    """Give a new folder the files that a bundle lists, and what was built of them.
+
+    By links where it replaces the bundle itself, else by copies: who changed a file of one would change the other's.
+
+    Args:
+        bundle: whose files they are.
+        folder: the new one.
+        replaces: whose place it will take.
+    """
+    give = _link if replaces.resolve() == bundle.folder else _copy
     listed = {name: bundle.path(name) for name in bundle.manifest.files}
     listed[MANIFEST_NAME] = bundle.folder / MANIFEST_NAME
     for engine in read_engines(bundle):
@@ -156,7 +165,7 @@ def link_bundle(bundle: Bundle, target: Path) -> None:
             name = f"{CPU_RECORDS_FOLDER}/{record.name}.json"
             listed[name] = bundle.folder / name
     for name, path in listed.items():
-        _link(path.resolve(), target / name)
+        give(path.resolve(), folder / name)
 
 
 def keep_other_files(out: Path, folder: Path) -> None:
@@ -207,4 +216,9 @@ def _link(path: Path, place: Path) -> None:
     try:
         os.link(path, place, follow_symlinks=False)
     except (OSError, NotImplementedError):  # another file system, or one without links
-        shutil.copy2(path, place, follow_symlinks=False)
+        _copy(path, place)
+
+
+def _copy(path: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(path, place, follow_symlinks=False)

@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from tclkit.calib.progress import silent
 from tclkit.runtime.bundle import Bundle, open_bundle
 from tclkit.runtime.cpu_records import CpuIdentity, cpu_misfit, outdated_graphs, read_cpu_records
 from tclkit.runtime.engines import (
@@ -138,7 +139,7 @@ def verify_bundle(
         InputError: images or prompts cannot be used.
     """
     bundle = open_bundle(model)
-    report = progress or _silent
+    report = progress or silent
     device, cpu = _device(), _cpu()
     text_ND = embedded_prompts(bundle, prompts, most=_most_prompts(bundle, device))
     backend = OnnxRuntimeBackend(bundle)
@@ -314,7 +315,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _silent(what: str, done: int, in_all: int) -> None:
-    """Progress for callers who want none."""

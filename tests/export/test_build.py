@@ -287,10 +287,20 @@ def test_a_graph_of_another_tier_is_not_passed_off_as_the_one_asked_for(folder: 
 
 def test_two_builds_of_one_bundle_at_once(folder: Path) -> None:
     with bundle_folder.new_folder(folder) as staged:
-        bundle_folder.link_bundle(open_bundle(folder), staged)
+        bundle_folder.carry_over(open_bundle(folder), staged, replaces=folder)
         with pytest.raises(ExportError, match="is being written by another tclkit just now"):
             build_engine(folder, config("fp16", None))
     assert build_engine(folder, config("fp16", None)).verdicts[0].passed
+
+
+def test_a_bundle_made_of_another_shares_no_file_with_it(folder: Path, tmp_path: Path) -> None:
+    """Who changes a file in place changes one bundle, not two; in its own folder nothing is copied."""
+    build_engine(folder, config("fp16", None), output=tmp_path / "new")
+    assert (tmp_path / "new" / "image.onnx").read_bytes() == (folder / "image.onnx").read_bytes()
+    assert not (tmp_path / "new" / "image.onnx").samefile(folder / "image.onnx")
+    before = (folder / "image.onnx").stat().st_ino
+    build_engine(folder, config("fp16", None))
+    assert (folder / "image.onnx").stat().st_ino == before
 
 
 def test_only_what_the_bundle_lists_goes_into_the_new_one(folder: Path, tmp_path: Path) -> None:
