@@ -273,12 +273,12 @@ def test_a_full_disk(photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
 def test_memory_does_not_grow_with_the_number_of_images(photos: Callable[..., Path]) -> None:
     folder = photos(128, height=64, width=64)
     select_images(folder, size=(64, 64), count=4, held_back=0)  # what is loaded once is loaded
-    peaks = []
-    for count in (16, 128):
+    peaks: dict[int, list[int]] = {16: [], 128: []}
+    for count in (16, 128) * 3:  # other threads of the process are traced too: the least of three counts
         tracemalloc.start()
         chosen = select_images(folder, size=(224, 224), count=count, held_back=0)
         assert sum(len(batch) for batch in chosen.calibration) == count
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peaks[count].append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     one_image = 224 * 224 * 3
-    assert peaks[1] - peaks[0] < 8 * one_image < 112 * one_image
+    assert min(peaks[128]) - min(peaks[16]) < 8 * one_image < 112 * one_image
