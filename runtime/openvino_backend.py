@@ -51,6 +51,7 @@ from .extras import install_command
 from .manifest import graph_precision
 from .memory import trim_heap
 from .processor import usable_cpus
+from .reused_arrays import ReusedArrays
 
 Size = tuple[int, int]
 CPU_PRECISIONS = ("fp32", "bf16", "int8")
@@ -107,6 +108,7 @@ class OpenVinoBackend:
         self.reason = reason
         self._keep_compiled = keep_compiled
         self._models: dict[str, _Model] = {}
+        self._arrays = ReusedArrays()
 
     def image_features(self, images_BHWC: NDArray[np.uint8]) -> HostFeatures:
         """Run the image graph of the images' size; see `Backend.image_features`."""
@@ -126,7 +128,7 @@ class OpenVinoBackend:
         feeds: dict[str, NDArray[Any]] = {"grounded": features.grounded, "text": text_ND}
         if self._bundle.manifest.has_kp:
             feeds |= {"kp": np.asarray(features.kp), "kp_w": np.asarray(kp_w, np.float32)}
-        masks = np.empty((batch, len(text_ND), rows, columns), np.float32)
+        masks = self._arrays.take((batch, len(text_ND), rows, columns))
         model = self._model(self._bundle.manifest.masks, list(feeds), ["masks"])
         return self._run(model, feeds, {"masks": masks})["masks"]
 
@@ -149,18 +151,19 @@ class OpenVinoBackend:
     def close(self) -> None:
         """Release the compiled models; a graph that is asked for again is compiled, or read from the cache, again."""
         self._models.clear()
+        self._arrays.clear()
 
     def _image_model(self, size: Size) -> "_Model":
         outputs = _FEATURES if self._bundle.manifest.has_kp else _FEATURES[:1]
         return self._model(self._image_files[size], ["image"], outputs, hint=self.float_type, batch=1)
 
     def _feature_arrays(self, size: Size, batch: int) -> dict[str, NDArray[np.float32]]:
-        """Arrays for the image graph's outputs, new for every call: features outlive it."""
+        """Arrays for the image graph's outputs that nobody else has: features outlive the call."""
         model = self._bundle.manifest.model
         rows, columns = (side // model.patch_size for side in size)
         scales = {"grounded": model.mask_scale} | ({"kp": 1} if self._bundle.manifest.has_kp else {})
         return {
-            name: np.empty((batch, model.embed_dim, rows * scale, columns * scale), np.float32)
+            name: self._arrays.take((batch, model.embed_dim, rows * scale, columns * scale))
             for name, scale in scales.items()
         }
 

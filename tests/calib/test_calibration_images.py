@@ -274,7 +274,7 @@ def test_memory_does_not_grow_with_the_number_of_images(photos: Callable[..., Pa
     folder = photos(128, height=64, width=64)
     select_images(folder, size=(64, 64), count=4, held_back=0)  # what is loaded once is loaded
     peaks: dict[int, list[int]] = {16: [], 128: []}
-    for count in (16, 128) * 3:  # other threads of the process are traced too: the least of three counts
+    for count in [16, 128] * 3:  # other threads of the process are traced too: the least of three counts
         tracemalloc.start()
         chosen = select_images(folder, size=(224, 224), count=count, held_back=0)
         assert sum(len(batch) for batch in chosen.calibration) == count

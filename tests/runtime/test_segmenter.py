@@ -812,7 +812,8 @@ def test_scales_of_the_nearest_aspect(
 def test_scales_need_two_sizes(
     write_tiny_bundle: Callable[..., Path], tmp_path: Path, more: list[tuple[int, int]], have: str
 ) -> None:
-    text = rf"of one aspect in two sizes or more, found {have}\. .*: tclkit export CHECKPOINT -o FOLDER --size 64x64 --size 128x128"
+    remedy = "tclkit export CHECKPOINT -o FOLDER --size 64x64 --size 128x128"
+    text = rf"of one aspect in two sizes or more, found {have}\. .*: {remedy}"
     with pytest.raises(InputError, match=text):
         Segmenter.open(write_tiny_bundle(tmp_path / "tiny", more_sizes=more), scales=True)
 
