@@ -81,8 +81,8 @@ def build_engine(
         bool, typer.Option("--auto", help="Search for the most INT8 that passes the gate, block by block.")
     ] = False,
     ranges: Annotated[
-        RangeMethod, typer.Option("--ranges", metavar="METHOD", help="mse, entropy, minmax or percentile.")
-    ] = RangeMethod.MSE,
+        RangeMethod, typer.Option("--ranges", metavar="METHOD", help="minmax, mse, entropy or percentile.")
+    ] = RangeMethod.MINMAX,
     smoothing: Annotated[
         float | None,
         typer.Option(

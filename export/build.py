@@ -91,7 +91,7 @@ class BuildConfig:
     calibration: str | None = None
     calibration_images: int = 256
     seed: int = 0
-    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "minmax"
     smoothing: float | None = 0.5
     sizes: tuple[tuple[int, int], ...] | None = None
     prompts: tuple[str, ...] | None = None

@@ -39,7 +39,7 @@ class PrecisionConfig:
 
     precision: Literal["fp32", "fp16", "int8"]
     tier: Literal["all", "decoder-only", "auto"] = "all"
-    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "mse"
+    range_method: Literal["mse", "entropy", "minmax", "percentile"] = "minmax"
     smoothing: float | None = 0.5
     decoder: DecoderForm | None = None
 

@@ -22,11 +22,11 @@ import numpy as np
 VARIANTS: dict[str, dict[str, Any]] = {
     "FP16": {"precision": "fp16"},
     "INT8 plain (minmax, no smoothing)": {"precision": "int8", "range_method": "minmax", "smoothing": None},
-    "INT8 mse, no smoothing": {"precision": "int8", "smoothing": None},
+    "INT8 mse, no smoothing": {"precision": "int8", "range_method": "mse", "smoothing": None},
     "INT8 minmax, SmoothQuant": {"precision": "int8", "range_method": "minmax"},
     "INT8 percentile, SmoothQuant": {"precision": "int8", "range_method": "percentile"},
     "INT8 entropy, SmoothQuant": {"precision": "int8", "range_method": "entropy"},
-    "INT8 mse, SmoothQuant": {"precision": "int8"},
+    "INT8 mse, SmoothQuant": {"precision": "int8", "range_method": "mse"},
     "INT8 decoder only": {"precision": "int8", "tier": "decoder-only"},
     "INT8 SmoothQuant, auto": {"precision": "int8", "tier": "auto"},
 }
