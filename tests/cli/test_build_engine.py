@@ -50,7 +50,7 @@ def test_fp16_without_tensorrt_prepares_and_says_how_to_go_on(invoke: Invoke, mo
 
 def test_int8_on_images_of_ones_own(invoke: Invoke, photos: str, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red circle\nblue square\n", encoding="utf-8")
-    options = ("--prompts", "names.txt", "--min-iou", "0", "--min-agreement", "0.5", "--ranges", "minmax")
+    options = ("--prompts", "names.txt", "--min-iou", "0", "--min-agreement", "0.5", "--ranges", "entropy")
     result = invoke("build-engine", "--int8", "--calibration", photos, "--prepare-only", "-o", "mine", *options)
     assert result.exit_code == 0, result.stderr
     assert "100% of the multiplications" in result.stderr
@@ -58,7 +58,7 @@ def test_int8_on_images_of_ones_own(invoke: Invoke, photos: str, tmp_path: Path)
     note = bundle.manifest.checks["int8"]["image.int8.onnx"]
     assert note["prompts"] == 2
     assert note["thresholds"]["label_agreement"] == 0.5
-    assert note["made"]["range_method"] == "minmax"
+    assert note["made"]["range_method"] == "entropy"
     verified = invoke("verify", "mine", "--calibration", photos, "--images", "4", "--prompts", "names.txt", "--json")
     assert verified.exit_code == 0, verified.stderr
     assert json.loads(verified.stdout)["verdicts"][0]["figures"]["prompts"] == 2
