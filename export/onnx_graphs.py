@@ -167,7 +167,7 @@ def _unshare_weights(model: onnx.ModelProto) -> None:
     """Give every module its own weights under its own name again, where torch merged equal ones.
 
     The quantiser knows layers by these names and changes weights one by one; biases as initialised are all zero, and
-    would all be called like the first of them. onnxscript: DeduplicateInitializersPass (seen with torch 2.15), which
+    would all be called like the first of them. onnxscript: DeduplicateInitializersPass (seen with torch 2.14), which
     keeps the place of every node in its metadata.
     """
     index = GraphIndex(model)

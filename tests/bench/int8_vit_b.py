@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "INT8 percentile, SmoothQuant": {"precision": "int8", "range_method": "percentile"},
     "INT8 entropy, SmoothQuant": {"precision": "int8", "range_method": "entropy"},
     "INT8 mse, SmoothQuant": {"precision": "int8", "range_method": "mse"},
-    "INT8 decoder only": {"precision": "int8", "tier": "decoder-only"},
+    "INT8 decoder only": {"precision": "int8", "range_method": "mse", "tier": "decoder-only"},
     "INT8 SmoothQuant, auto": {"precision": "int8", "tier": "auto"},
 }
 _OUTLIERS, _NORM_GAIN, _RESIDUAL_OFFSET = 6, 20.0, 15.0
